@@ -1,0 +1,369 @@
+"""The command line. Every command imports what it needs when it runs, so `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from . import __version__, presets
+from .config import Config, flat_keys, load, override
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .data.corpus import Corpus
+
+ARM_HELP = """an arm is RULE[:SPLITTING][,KEY=VALUE ...]; a KEY is a config key without its section, an option or a
+coefficient of the rule. Examples: nesterov   nesterov:strang   heavy_ball,velocity_start=zeros,x0_scale=30
+imex,k=2   nesterov,mu=0.5,beta=0.5   my_rule.py:euler"""
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for a wrong command line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. See: {self.prog} --help")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; the exit code is 0, 2 (bad input), 3 (the machine refuses) or 75 (stopped, everything saved)."""
+    # Spinning OpenMP threads are up to 15 times slower as soon as anything else runs; `active` is a little faster alone.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        options = _parser().parse_args(arguments)
+        options.run(options)
+        return 0
+    except UserError as error:
+        print(f"yuriiformer: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("yuriiformer: stopped.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="yuriiformer", description="Transformer layers as steps of optimisation methods.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
+
+    def command(name: str, run: Any, text: str, epilog: str = "") -> Parser:
+        sub: Parser = commands.add_parser(
+            name, help=text, description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command(
+        "compare",
+        _compare,
+        "train several arms on the same batches and say which is better",
+        f"{ARM_HELP}\n\n{_keys()}",
+    )
+    sub.add_argument("arms", nargs="*", metavar="ARM", help="the first is the baseline; none: the demo's three")
+    sub.add_argument(
+        "--controls",
+        action="store_true",
+        help="add the controls: v0 = 0 with a scaled x0, and the baseline with that scale",
+    )
+    sub.add_argument("--seeds", type=int, default=3, metavar="N")
+    budget = sub.add_mutually_exclusive_group()
+    for kind, text in (("tokens", "training tokens"), ("flops", "training FLOPs"), ("seconds", "seconds of training")):
+        budget.add_argument(f"--{kind}", type=float, metavar="X", help=f"{text} for each arm and seed")
+    sub.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/demo"),
+        metavar="DIR",
+        help="default: runs/demo; an unfinished comparison there goes on",
+    )
+    _recipe_arguments(sub)
+    sub.add_argument(
+        "--json", action="store_true", help="print comparison.json; everything else goes to standard error"
+    )
+
+    sub = command("train", _train, "train one arm", f"{ARM_HELP}\n\n{_keys()}")
+    sub.add_argument("arm", nargs="?", metavar="ARM", default="nesterov")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="the new run directory")
+    sub.add_argument("--resume", type=Path, metavar="DIR", help="go on with a run")
+    sub.add_argument("--rule", metavar="NAME|FILE.py", help="the same as naming it as ARM")
+    sub.add_argument("--splitting", metavar="NAME", help="the same as ARM:NAME")
+    _recipe_arguments(sub)
+
+    sub = command("prepare", _prepare, "turn text into a corpus")
+    sub.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="stdlib, tinystories, openwebtext, or a file or folder: .txt .md .py .jsonl .parquet, also .xz .gz .bz2 .zst",
+    )
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR")
+    sub.add_argument(
+        "--tokenizer",
+        default="bpe:1024",
+        metavar="NAME",
+        help="bpe:SIZE (trained on the corpus), bytes, gpt2, gpt2:FOLDER; default bpe:1024",
+    )
+    sub.add_argument("--validation", metavar="SOURCE", help="held-out text of its own; else a share is held out")
+    sub.add_argument("--fraction", type=float, default=0.05, metavar="X", help="the share held out, default 0.05")
+    sub.add_argument("--workers", type=int, metavar="N", help="processes, default one a core")
+
+    sub = command("generate", _generate, "continue a prompt with a trained run")
+    sub.add_argument("run_directory", type=Path, metavar="RUN")
+    sub.add_argument("--prompt", default="\n", metavar="TEXT")
+    sub.add_argument("--tokens", type=int, default=200, metavar="N")
+    sub.add_argument(
+        "--temperature", type=float, default=0.8, metavar="X", help="0 takes the likeliest token; default 0.8"
+    )
+    sub.add_argument("--top-k", type=int, metavar="N")
+    sub.add_argument("--top-p", type=float, metavar="X")
+    sub.add_argument("--seed", type=int, default=0, metavar="N")
+    sub.add_argument(
+        "--no-cache", action="store_true", help="recompute the whole window for every token (the same text, slower)"
+    )
+    sub.add_argument("--through", action="store_true", help="go on after an end-of-text token")
+
+    sub = command("rules", _rules, "list the update rules")
+    sub.add_argument(
+        "--rule", metavar="FILE.py", action="append", default=[], help="also a rule from outside the package"
+    )
+    sub.add_argument("--json", action="store_true")
+    return parser
+
+
+def _recipe_arguments(sub: Parser) -> None:
+    sub.add_argument(
+        "--corpus",
+        default="stdlib",
+        metavar="DIR|SOURCE",
+        help="a prepared corpus, or a source to prepare; default stdlib",
+    )
+    sub.add_argument("--config", type=Path, metavar="FILE", help="a .toml or .json file of config keys")
+    sub.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="config keys, such as model.width=128",
+    )
+
+
+def _keys() -> str:
+    lines = ["config keys:"]
+    demo = presets.demo()
+    for key, field in flat_keys(Config).items():
+        section, _, name = key.rpartition(".")
+        default = getattr(getattr(demo, section) if section else demo, name)
+        lines.append(f"  {key:<28} {field.metadata['doc']}" + (f" [{default}]" if default not in ("", {}) else ""))
+    return "\n".join(lines)
+
+
+def _base(options: argparse.Namespace) -> Config:
+    """The demo's config with the file's and the command line's keys over it."""
+    config = presets.demo()
+    if options.config:
+        config = load(options.config, config)
+    assignments = {}
+    for text in options.set:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--set {text!r} must be KEY=VALUE.")
+        assignments[key] = value
+    return override(config, assignments)
+
+
+def _corpus(source: str, beside: Path) -> Corpus:
+    """A corpus by its directory, or prepared once from a source into a folder beside what is made with it."""
+    from .data.corpus import MANIFEST, Corpus
+
+    if (Path(source) / MANIFEST).is_file():
+        return Corpus(Path(source))
+    made = beside / "corpus"
+    if made.exists():
+        corpus = Corpus(made)
+        if corpus.manifest["source"] != source:
+            raise UserError(
+                f"{made} was prepared from {corpus.manifest['source']!r}, not {source!r}; choose another --out."
+            )
+        return corpus
+    return _prepared(source, made, "bpe:1024", None, 0.05, None)
+
+
+def _prepared(
+    source: str, out: Path, tokenizer: str, validation: str | None, fraction: float, workers: int | None
+) -> Corpus:
+    from .data.prepare import passes, prepare
+    from .data.sources import Source
+    from .progress import Meter
+
+    size = Source(source).size
+    with Meter(f"preparing {source}", size * passes(tokenizer) if size else None) as meter:
+        corpus = prepare(
+            source,
+            out,
+            tokenizer=tokenizer,
+            validation=validation,
+            fraction=fraction,
+            workers=workers,
+            progress=meter.advance,
+        )
+        counts = {name: f"{entry['tokens']:,}" for name, entry in corpus.manifest["splits"].items()}
+        meter.line(
+            f"{out}: {counts['train']} training and {counts['validation']} validation tokens, vocabulary {corpus.vocabulary:,}"
+        )
+    return corpus
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    _prepared(options.source, options.out, options.tokenizer, options.validation, options.fraction, options.workers)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    base = _base(options)
+    names = options.arms or list(presets.DEMO_ARMS)
+    names += [name for name in presets.CONTROL_ARMS if options.controls and name not in names]
+    given = [
+        (kind, getattr(options, kind)) for kind in ("tokens", "flops", "seconds") if getattr(options, kind) is not None
+    ]
+
+    from .compare import Budget, compare, parse_arm
+    from .files import write_json
+    from .progress import console
+    from .report.comparison import collect
+    from .training.loop import Stop
+
+    training = base.training
+    kind, amount = given[0] if given else ("tokens", training.steps * training.batch * base.model.context)
+    with Stop().on_signals() as stop:
+        arms = [parse_arm(name, base) for name in names]
+        corpus = _corpus(options.corpus, options.out)
+        compare(arms, options.seeds, Budget(kind, amount), corpus, options.out, _command(), stop)
+
+    from .report.page import write_page
+    from .report.terminal import show
+
+    comparison = collect(options.out)
+    write_json(options.out / "comparison.json", comparison)
+    write_page(comparison, options.out / "report.html")
+    show(comparison, console)
+    if not options.arms and not options.controls:
+        console.print(
+            f"Honest controls: add --controls --out {options.out}-controls ({'; '.join(presets.CONTROL_ARMS)}).",
+            soft_wrap=True,
+        )
+    console.print(f"Look at {options.out / 'report.html'}", soft_wrap=True)
+    if options.json:
+        print(json.dumps(comparison))
+
+
+def _command() -> str:
+    return shlex.join(["yuriiformer", *sys.argv[1:]])
+
+
+def _train(options: argparse.Namespace) -> None:
+    if options.resume and options.out:
+        raise UserError("give --out for a new run or --resume for an old one, not both.")
+    if not (options.resume or options.out):
+        raise UserError("where to? Give --out DIR for a new run or --resume DIR for an old one.")
+    from .compare import parse_arm, train_with_meter
+    from .progress import Meter
+    from .training.loop import Stop
+    from .training.run import Run, definite
+
+    with Stop().on_signals() as stop:
+        if options.resume:
+            run, line = Run(options.resume), f"going on with {options.resume}"
+        else:
+            head, comma, rest = options.arm.partition(",")
+            rule, _, splitting = head.partition(":")
+            text = f"{options.rule or rule}:{options.splitting or splitting or 'auto'}{comma}{rest}"
+            arm = parse_arm(text, _base(options))
+            corpus = _corpus(options.corpus, options.out.parent)
+            config, line = definite(arm.config, corpus)
+            run = Run.create(options.out, config, corpus)
+        with Meter("training", run.config.training.steps) as meter:
+            meter.line(line)
+            train_with_meter(run, meter, run.config.model.rule, 1, stop)
+            meter.line(f"Generate with: yuriiformer generate {run.path} --prompt '...'")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    if options.tokens < 1:
+        raise UserError(f"--tokens must be at least 1; got {options.tokens}.")
+    from tokenizers.decoders import DecodeStream
+
+    from .data.tokenizer import END_OF_TEXT
+    from .generate import generate
+    from .training.run import Run
+
+    run = Run(options.run_directory)
+    model, complaints = run.load()
+    for complaint in complaints:
+        print(f"yuriiformer: warning: {complaint}", file=sys.stderr)
+    tokenizer = run.tokenizer()
+    prompt = tokenizer.encode(options.prompt).ids
+    ids = generate(
+        model, prompt, tokens=options.tokens, temperature=options.temperature, top_k=options.top_k,
+        top_p=options.top_p, seed=options.seed, use_cache=not options.no_cache,
+    )  # fmt: skip
+    stream = DecodeStream(skip_special_tokens=False)
+    for shown in prompt:
+        print(stream.step(tokenizer, shown) or "", end="")
+    for token in ids:
+        if token == tokenizer.token_to_id(END_OF_TEXT) and not options.through:
+            break
+        print(stream.step(tokenizer, token) or "", end="", flush=True)
+    print()
+
+
+def _rules(options: argparse.Namespace) -> None:
+    from .rule import all_rules, find_rule
+    from .splitting import legal_splittings
+
+    rules = {**all_rules(), **{name: find_rule(name) for name in options.rule}}
+    listed: list[dict[str, Any]] = [
+        {
+            "name": rule.name,
+            "streams": rule.streams,
+            "oracles": rule.oracles,
+            "coefficients": {
+                n: {"range": c.range.interval, "initial": c.default} for n, c in rule.coefficients.items()
+            },
+            "options": rule.options,
+            "splittings": list(legal_splittings(rule)),
+            "calls": rule.calls({}),
+            "readout": rule.readout,
+            "reduces_to": rule.reduces_to,
+            "source": rule.source,
+            "summary": rule.summary,
+        }
+        for rule in rules.values()
+    ]
+    if options.json:
+        print(json.dumps(listed, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("rule", "streams", "coefficients (initial)", "splittings", "what it does")
+    for entry in listed:
+        coefficients = ", ".join(f"{n} ({c['initial']:g})" for n, c in entry["coefficients"].items())
+        choices = "".join(f" {n}={'|'.join(map(str, values))}" for n, values in entry["options"].items())
+        table.add_row(
+            entry["name"],
+            " ".join(entry["streams"]),
+            coefficients + choices,
+            " ".join(entry["splittings"]),
+            entry["summary"],
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

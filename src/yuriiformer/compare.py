@@ -1,0 +1,201 @@
+"""The main job: several arms, several seeds, the same batches, one budget, a verdict.
+
+Every run is an ordinary run directory under OUT/runs, so a killed comparison goes on where it stood.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .config import Config, ModelConfig, TrainingConfig, as_dict, flat_keys, override
+from .data.corpus import Corpus
+from .errors import UserError, unknown
+from .files import read_json, write_json
+from .model import flops_per_token
+from .progress import Meter
+from .rule import find_rule
+from .training.loop import Stop, train
+from .training.run import Run, definite
+
+CALIBRATION_STEPS = 40
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side of a comparison: a name as the user wrote it, and the config it means."""
+
+    name: str
+    config: Config
+
+    @property
+    def slug(self) -> str:
+        return re.sub(r"[^\w.=-]+", "_", self.name).strip("_")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every arm may spend: `tokens`, `flops` (training) or `seconds` (of training on this machine)."""
+
+    kind: str
+    amount: float
+
+
+def parse_arm(text: str, base: Config) -> Arm:
+    """`RULE[:SPLITTING][,KEY=VALUE ...]` over a base config.
+
+    A key is a field of the model or of the training, an option or a coefficient of the rule.
+    Raises UserError for one that is none.
+    """
+    head, *assignments = text.split(",")
+    name, _, splitting = head.partition(":")
+    rule = find_rule(name)
+    changes: dict[str, Any] = {"model.rule": name, "model.splitting": splitting or "auto"}
+    values, options = dict(base.model.values), dict(base.model.options)
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals:
+            raise UserError(f"arm {text!r}: {assignment!r} must be KEY=VALUE.")
+        if key in flat_keys(ModelConfig):
+            changes[f"model.{key}"] = value
+        elif key in flat_keys(TrainingConfig):
+            changes[f"training.{key}"] = value
+        elif key in rule.options:
+            options[key] = type(rule.options[key][0])(value) if value.lstrip("-").isalnum() else value
+        elif key in rule.coefficients:
+            values[key] = float(value) if _is_number(value) else math.nan
+        else:
+            known = {*flat_keys(ModelConfig), *flat_keys(TrainingConfig), *rule.options, *rule.coefficients}
+            raise unknown(f"arm {text!r}: key", key, known)
+    changes["model.values"] = {k: v for k, v in values.items() if k in rule.coefficients}
+    changes["model.options"] = {k: v for k, v in options.items() if k in rule.options}
+    return Arm(text, override(base, changes))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def compare(
+    arms: Sequence[Arm], seeds: int, budget: Budget, corpus: Corpus, out: Path, command: str, stop: Stop
+) -> None:
+    """Train every arm with every seed into `out`, or what is missing of it. The first arm is the baseline.
+
+    Raises UserError when `out` holds another comparison, Interrupted (everything saved) when asked to stop.
+    """
+    if len({arm.slug for arm in arms}) < len(arms):
+        raise UserError("two arms are the same; name each once.")
+    if seeds < 1:
+        raise UserError(f"at least one seed is needed; got {seeds}.")
+    with Meter("comparing", None) as meter:
+        made = [(arm, *definite(arm.config, corpus)) for arm in arms]
+        meter.line(f"{len(arms)} arms x {seeds} seeds on {made[0][2]}")
+        arms = [dataclasses.replace(arm, config=config) for arm, config, _ in made]
+        steps = _plan(arms, seeds, budget, corpus, out, command, stop)
+
+    runs = [(seed, arm) for seed in range(seeds) for arm in arms]
+    cost = {arm.name: steps[arm.name] * _training_flops(arm.config) for arm in arms}
+    with Meter("comparing", float(sum(cost[arm.name] for _, arm in runs))) as meter:
+        for number, (seed, arm) in enumerate(runs, 1):
+            label = f"[{number}/{len(runs)}] {arm.name}, seed {seed}"
+            path = out / "runs" / f"{arm.slug}-seed{seed}"
+            config = override(arm.config, {"training.seed": seed, "training.steps": steps[arm.name]})
+            run = Run(path) if path.exists() else Run.create(path, config, corpus)
+            if run.complete:
+                meter.skip(cost[arm.name])
+                continue
+            train_with_meter(run, meter, label, cost[arm.name] / config.training.steps, stop)
+
+
+def train_with_meter(run: Run, meter: Meter, label: str, work_per_step: float, stop: Stop) -> None:
+    """Train a run and show how it goes; a step counts `work_per_step` on the meter."""
+    at, validation = run.step, ""
+    meter.skip(at * work_per_step)
+
+    def observe(record: dict[str, Any]) -> None:
+        nonlocal at, validation
+        if "warning" in record:
+            meter.line(f"warning: {record['warning']}")
+            return
+        if "validation" in record:
+            validation = f", validation {record['validation']:.3f}"
+        speed = record["tokens"] / record["seconds"]
+        text = f"step {record['step']}/{run.config.training.steps}, loss {record['loss']:.3f}{validation}, {speed:,.0f} tokens/s"
+        meter.advance((record["step"] - at) * work_per_step, f"{label}: {text}")
+        at = record["step"]
+
+    summary = train(run, stop, observe)
+    meter.line(
+        f"{label}: validation {summary['final_validation']:.4f} after {summary['steps']} steps, "
+        f"{summary['seconds']:.0f} s, {summary['tokens_per_second']:,.0f} tokens/s"
+    )
+
+
+def _plan(
+    arms: Sequence[Arm], seeds: int, budget: Budget, corpus: Corpus, out: Path, command: str, stop: Stop
+) -> dict[str, int]:
+    """The steps of each arm; written down before the first run, and checked when the comparison goes on."""
+    wanted = {
+        "arms": {arm.name: as_dict(arm.config) for arm in arms},
+        "seeds": seeds,
+        "budget": dataclasses.asdict(budget),
+        "corpus_sha256": corpus.fingerprint,
+    }
+    file = out / "plan.json"
+    if file.is_file():
+        plan = read_json(file)
+        for key, value in wanted.items():
+            if plan.get(key) != value:
+                raise UserError(
+                    f"{out} holds a comparison with another {key}; go on with the same command, or choose another --out."
+                )
+        return {name: int(steps) for name, steps in plan["steps"].items()}
+    if out.exists() and any(p.name != "corpus" for p in out.iterdir()):
+        raise UserError(f"{out} is not empty and holds no comparison; choose another --out.")
+    out.mkdir(parents=True, exist_ok=True)
+    steps = {arm.name: _steps(arm, budget, corpus, out, stop) for arm in arms}
+    slugs = {arm.name: arm.slug for arm in arms}
+    write_json(file, wanted | {"steps": steps, "slugs": slugs, "command": command})
+    return steps
+
+
+def _steps(arm: Arm, budget: Budget, corpus: Corpus, out: Path, stop: Stop) -> int:
+    training = arm.config.training
+    tokens = budget.amount
+    if budget.kind == "flops":
+        tokens = budget.amount / _training_flops(arm.config)
+    elif budget.kind == "seconds":
+        tokens = budget.amount * _speed(arm, corpus, out, stop)
+    steps = round(tokens / (training.batch * arm.config.model.context))
+    if steps < 1:
+        raise UserError(f"a budget of {budget.amount:g} {budget.kind} is less than one step of arm {arm.name!r}.")
+    return steps
+
+
+def _training_flops(config: Config) -> int:
+    """Per token: the forward pass and twice that for the backward."""
+    return 3 * sum(flops_per_token(config.model).values())
+
+
+def _speed(arm: Arm, corpus: Corpus, out: Path, stop: Stop) -> float:
+    """Tokens per second, from a short run that is thrown away."""
+    path = out / "calibration"
+    short = {
+        "training.steps": CALIBRATION_STEPS,
+        "training.evaluate_every": CALIBRATION_STEPS,
+        "training.evaluate_sequences": 1,
+    }
+    shutil.rmtree(path, ignore_errors=True)
+    try:
+        return float(train(Run.create(path, override(arm.config, short), corpus), stop)["tokens_per_second"])
+    finally:
+        shutil.rmtree(path, ignore_errors=True)

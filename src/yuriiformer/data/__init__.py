@@ -1,0 +1,1 @@
+"""Text to tokens (`prepare`), tokens to batches (`corpus`). Imports no torch."""

@@ -1,0 +1,109 @@
+"""A finished comparison as one dictionary: what `comparison.json` holds and the page shows."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from ..files import read_json
+from .statistics import holm, paired
+
+
+def collect(out: Path) -> dict[str, Any]:
+    """Read a comparison's runs. Raises UserError when one is missing or not complete."""
+    plan = read_json(out / "plan.json")
+    seeds = range(plan["seeds"])
+    names = list(plan["arms"])
+    runs = {name: [_read_run(out / "runs" / f"{plan['slugs'][name]}-seed{seed}") for seed in seeds] for name in names}
+    arms = [_arm(name, plan["arms"][name], runs[name]) for name in names]
+    final = {arm["name"]: list(arm["final_validation"].values()) for arm in arms}
+
+    against = [paired(final[name], final[names[0]]) for name in names[1:]]
+    for test, p in zip(against, holm([test["p_value"] for test in against]), strict=True):
+        test["p_value_holm"] = p
+    arms[0]["against_baseline"] = None
+    for arm, test in zip(arms[1:], against, strict=True):
+        arm["against_baseline"] = test
+
+    equal_seconds = min(float(np.mean(arm["seconds"])) for arm in arms)
+    for arm, name in zip(arms, names, strict=True):
+        curves = [run["curve"] for run in runs[name]]
+        arm["curves"] = {
+            key: [[r[key] for r in curve] for curve in curves] for key in ("tokens", "seconds", "validation")
+        }
+        arm["validation_at_equal_seconds"] = float(
+            np.mean([np.interp(equal_seconds, [r["seconds"] for r in c], [r["validation"] for r in c]) for c in curves])
+        )
+    pairs = [{"arm": b, "against": a, **paired(final[b], final[a])} for a, b in itertools.combinations(names, 2)]
+    return {
+        "baseline": names[0],
+        "seeds": plan["seeds"],
+        "budget": plan["budget"],
+        "equal_seconds": equal_seconds,
+        "corpus": runs[names[0]][0]["corpus"],
+        "corpus_sha256": plan["corpus_sha256"],
+        "machine": runs[names[0]][0]["env"],
+        "training": next(iter(plan["arms"].values()))["training"],
+        "command": plan["command"],
+        "verdict": [_verdict(arm, names[0]) for arm in arms[1:]],
+        "arms": arms,
+        "pairs": pairs,
+    }
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    if not (path / "summary.json").is_file():
+        raise UserError(f"{path} is not complete; run the comparison again to go on.")
+    config = read_json(path / "config.json")
+    lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return {
+        "summary": read_json(path / "summary.json"),
+        "env": read_json(path / "env.json"),
+        "corpus": config["corpus"],
+        "curve": [r for r in map(json.loads, lines) if "validation" in r],
+    }
+
+
+def _arm(name: str, config: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
+    model, summaries = config["model"], [run["summary"] for run in runs]
+    first = summaries[0]
+    return {
+        "name": name,
+        "rule": model["rule"],
+        "splitting": model["splitting"],
+        "start": model["velocity_start"] if len(first["streams"]) > 1 else None,
+        "x0_scale": model["x0_scale"],
+        "second_table": model["second_table"],
+        "parameters": sum(first["parameters"].values()),
+        "parameters_by_part": first["parameters"],
+        "flops_per_token": 3 * sum(first["forward_flops_per_token"].values()),
+        "forward_flops_by_part": first["forward_flops_per_token"],
+        "tokens_per_second": float(np.median([s["tokens_per_second"] for s in summaries])),
+        "steps": first["steps"],
+        "tokens": first["tokens"],
+        "seconds": [s["seconds"] for s in summaries],
+        "final_validation": {str(seed): s["final_validation"] for seed, s in enumerate(summaries)},
+        "best_validation": {str(seed): s["best_validation"] for seed, s in enumerate(summaries)},
+        "training_loss": {str(seed): s["training_loss"] for seed, s in enumerate(summaries)},
+        "coefficients": [s["coefficients"] for s in summaries],
+        "sample": first["sample"],
+    }
+
+
+def _verdict(arm: dict[str, Any], baseline: str) -> str:
+    test = arm["against_baseline"]
+    mean, differences = test["mean_difference"], test["differences"]
+    side = "below" if mean < 0 else "above"
+    same_sign = sum((d < 0) == (mean < 0) for d in differences)
+    text = f"{arm['name']} ends {abs(mean):.4f} nats {side} {baseline}, in {same_sign} of {len(differences)} seeds"
+    if test["p_value"] is None:
+        return f"{text}. One seed says nothing about the spread; run more seeds for an interval."
+    text += f" (95 % interval {test['low']:+.4f} to {test['high']:+.4f}, p = {test['p_value_holm']:.2g} after Holm)"
+    if test["p_value_holm"] < 0.05:
+        return f"{text}: a significant {'improvement' if mean < 0 else 'loss'}."
+    return f"{text}: not significant."

@@ -1,0 +1,120 @@
+"""One self-contained page: opens from the file system, asks no network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from ..files import write_text
+from . import plots
+
+TEMPLATE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>{{ c.arms | map(attribute="name") | join(" · ") }} – YuriiFormer</title>
+<style>
+body { font: 16px/1.55 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem 1.2rem 4rem; color: #222; background: #fff; }
+h1 { font-size: 1.7rem; margin: .6rem 0; } h2 { font-size: 1.2rem; margin: 2.4rem 0 .4rem; }
+p.say { color: #555; margin: .2rem 0 .6rem; }
+.verdict { background: #f3f6f9; border-left: 4px solid #0072B2; padding: .7rem 1rem; margin: .6rem 0; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .87rem; }
+th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums; }
+th { white-space: nowrap; vertical-align: bottom; } th:first-child, td:first-child { text-align: left; }
+.dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .4em; }
+figure { margin: .4rem 0 1.4rem; } svg { width: 100%; height: auto; }
+pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; white-space: pre-wrap; font-size: .83rem; }
+.prompt { color: #777; } footer { margin-top: 3rem; color: #777; font-size: .85rem; }
+</style>
+<h1>{{ c.arms | map(attribute="name") | join(" against ") if c.arms | length == 2 else "Comparison of %d arms" % c.arms | length }}</h1>
+<p class="say">{{ c.seeds }} seed{{ "s" if c.seeds > 1 }}, budget {{ "{:,.0f}".format(c.budget.amount) }} {{ c.budget.kind }} an arm and seed,
+the same batches in the same order for every arm. Baseline: <b>{{ c.baseline }}</b>.</p>
+{% for line in c.verdict %}<p class="verdict">{{ line }}</p>{% endfor %}
+
+<h2>Numbers</h2>
+<p class="say">Validation loss in nats per token, mean of the seeds, ± the standard deviation. Lower is better.</p>
+<div class="scroll"><table id="numbers">
+<tr><th>arm<th>parameters<th>training FLOPs<br>per token<th>tokens/s<th>steps<th>training<br>seconds<th>final loss<th>best loss<th>loss at {{ "%.0f" % c.equal_seconds }} s<th>against baseline<br>[95 % interval]<th>p (Holm)</tr>
+{% for arm in c.arms %}<tr><td><span class="dot" style="background:{{ color(loop.index0) }}"></span>{{ arm.name }}
+<td>{{ "{:,}".format(arm.parameters) }}<td>{{ "%.2f M" % (arm.flops_per_token / 1e6) }}<td>{{ "{:,.0f}".format(arm.tokens_per_second) }}
+<td>{{ arm.steps }}<td>{{ "%.0f" % mean(arm.seconds) }}
+<td><b>{{ "%.4f" % mean(arm.final_validation.values()) }}</b>{{ spread(arm.final_validation.values()) }}
+<td>{{ "%.4f" % mean(arm.best_validation.values()) }}<td>{{ "%.4f" % arm.validation_at_equal_seconds }}
+{% set t = arm.against_baseline %}<td>{% if t %}{{ "%+.4f" % t.mean_difference }}{% if t.low is not none %}<br>[{{ "%+.4f" % t.low }}, {{ "%+.4f" % t.high }}]{% endif %}{% else %}–{% endif %}
+<td>{{ "%.2g" % t.p_value_holm if t and t.p_value_holm is not none else "–" }}</tr>
+{% endfor %}</table></div>
+<p class="say">“loss at {{ "%.0f" % c.equal_seconds }} s” reads each curve at the time the fastest arm ended; a slower arm is then still at a higher
+learning rate, so the column is unkind to it. A comparison with a budget in seconds is the fair one.</p>
+
+<h2>Difference to the baseline</h2>
+<p class="say">Dots are seeds, the diamond is their mean, the bar the 95 % interval of a paired t-test. Left of zero is better.</p>
+<figure>{{ differences }}</figure>
+{% for name, (label, say) in axes.items() %}
+<h2>Validation loss against {{ label.split(" (")[0] }}</h2><p class="say">{{ say }} Thin lines are seeds.</p><figure>{{ curves[name] }}</figure>
+{% endfor %}
+{% if coefficients %}<h2>Learned coefficients</h2>
+<p class="say">Where training put the scalars of each rule, layer by layer; thin lines are seeds. With a velocity norm, only the ratio of γ to β matters.</p>
+{% for name, svg in coefficients.items() %}<h3>{{ name }}</h3><figure>{{ svg }}</figure>{% endfor %}{% endif %}
+
+<h2>Every two arms</h2>
+<p class="say">Final loss of the first minus the second, paired by seed; p-values without adjustment.</p>
+<div class="scroll"><table><tr><th>first<th style="text-align:left">second<th>difference<th>95 % interval<th>p</tr>
+{% for t in c.pairs %}<tr><td>{{ t.arm }}<td style="text-align:left">{{ t.against }}<td>{{ "%+.4f" % t.mean_difference }}
+<td>{{ "[%+.4f, %+.4f]" % (t.low, t.high) if t.low is not none else "–" }}<td>{{ "%.2g" % t.p_value if t.p_value is not none else "–" }}</tr>
+{% endfor %}</table></div>
+
+<h2>Parameters and FLOPs by part</h2>
+<div class="scroll"><table><tr><th>part{% for arm in c.arms %}<th>{{ arm.name }}{% endfor %}</tr>
+{% for part in c.arms[0].parameters_by_part %}<tr><td>parameters: {{ part }}{% for arm in c.arms %}<td>{{ "{:,}".format(arm.parameters_by_part[part]) }}{% endfor %}</tr>{% endfor %}
+{% for part in c.arms[0].forward_flops_by_part %}<tr><td>forward FLOPs per token: {{ part }}{% for arm in c.arms %}<td>{{ "{:,}".format(arm.forward_flops_by_part[part]) }}{% endfor %}</tr>{% endfor %}
+</table></div>
+
+<h2>What each arm writes</h2>
+<p class="say">The same prompt (grey) and the same random numbers; seed 0, temperature 0.8, the 50 likeliest tokens.</p>
+{% for arm in c.arms %}<h3>{{ arm.name }}</h3><pre><span class="prompt">{{ arm.sample.prompt }}</span>{{ arm.sample.text }}</pre>{% endfor %}
+
+<h2>How to reproduce it</h2>
+<pre>{{ c.command }}</pre>
+<p class="say">Corpus sha256 {{ c.corpus_sha256[:16] }}…, on {{ c.machine.device }}, {{ c.machine.threads }} threads, torch {{ c.machine.torch }},
+Python {{ c.machine.python }}, {{ c.training.precision }}, {{ "compiled" if c.training.compile == "yes" else "eager" }}. YuriiFormer {{ c.machine.yuriiformer }}.</p>
+<details><summary>Recipe</summary><pre>{{ recipe }}</pre></details>
+<footer>Everything on this page is also in comparison.json beside it.</footer>
+</html>
+"""
+
+
+def write_page(comparison: dict[str, Any], path: Path) -> None:
+    """Write `report.html`."""
+    arms = comparison["arms"]
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    safe = jinja2.utils.markupsafe.Markup
+    html = environment.from_string(TEMPLATE).render(
+        c=comparison,
+        axes=plots.AXES,
+        curves={against: safe(plots.loss_curves(arms, against)) for against in plots.AXES},
+        differences=safe(plots.differences(arms, comparison["baseline"])),
+        coefficients={arm["name"]: safe(plots.coefficients(arm)) for arm in arms if arm["coefficients"][0][0][0]},
+        color=plots.color,
+        mean=mean,
+        spread=spread,
+        recipe=json.dumps(comparison["training"], indent=1),
+    )
+    write_text(path, html)
+
+
+def mean(values: Any) -> float:
+    values = list(values)
+    return float(sum(values) / len(values))
+
+
+def spread(values: Any) -> str:
+    """± the standard deviation over seeds, empty with one."""
+    values = list(values)
+    if len(values) < 2:
+        return ""
+    centre = mean(values)
+    return f" ± {(sum((v - centre) ** 2 for v in values) / (len(values) - 1)) ** 0.5:.4f}"

@@ -1,0 +1,31 @@
+"""Paired differences with their uncertainty."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+
+def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
+    """a - b over the same seeds: mean, 95 % interval and p-value of the paired t-test (None with one seed)."""
+    differences = np.asarray(a) - np.asarray(b)
+    result: dict[str, Any] = {"mean_difference": float(differences.mean()), "low": None, "high": None, "p_value": None}
+    if len(differences) > 1 and np.ptp(differences) > 0:
+        test = stats.ttest_rel(a, b)
+        interval = test.confidence_interval(0.95)
+        result |= {"low": float(interval.low), "high": float(interval.high), "p_value": float(test.pvalue)}
+    return result | {"differences": differences.tolist()}
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's adjustment for several comparisons with one baseline; None stays None."""
+    known = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for rank, (p, i) in enumerate(known):
+        largest = max(largest, min(1.0, p * (len(known) - rank)))
+        adjusted[i] = largest
+    return adjusted

@@ -1,0 +1,1 @@
+"""The recipe, the run directory, checkpoints and the loop."""

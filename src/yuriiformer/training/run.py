@@ -1,0 +1,143 @@
+"""A run directory: what was asked, on what machine, what was measured, and the weights.
+
+config.json      the whole configuration, nothing left at `auto`
+env.json         versions, machine, checksums of the corpus and of a rule file
+tokenizer.json   a copy, so that the run can generate text without its corpus
+rule.py          a copy of a rule file from outside the package, for the record
+metrics.jsonl    one line per logged step
+checkpoints/     the newest few
+summary.json     written last: its presence means the run is complete
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from .. import __version__
+from ..config import Config, as_dict, from_dict
+from ..data.corpus import TOKENIZER, Corpus
+from ..errors import UserError
+from ..files import new_folder, read_json, sha256, write_json, write_text
+from ..model import LanguageModel, checked
+from .checkpoint import newest_first, restore
+from .device import describe, resolve
+
+
+def padded_vocabulary(corpus: Corpus) -> int:
+    """The corpus's vocabulary, rounded up to 64 as nanoGPT pads 50,257 to 50,304."""
+    return -(-corpus.vocabulary // 64) * 64
+
+
+def definite(config: Config, corpus: Corpus) -> tuple[Config, str]:
+    """The config with vocabulary, splitting and device settings filled in, checked; and a line about the device."""
+    training, line = resolve(config.training)
+    model = config.model
+    if model.vocabulary == 0:
+        model = dataclasses.replace(model, vocabulary=padded_vocabulary(corpus))
+    if model.vocabulary < corpus.vocabulary:
+        raise UserError(
+            f"model.vocabulary is {model.vocabulary}; the corpus {corpus.path} has {corpus.vocabulary} tokens."
+        )
+    if model.rule.endswith(".py"):
+        model = dataclasses.replace(model, rule=str(Path(model.rule).resolve()))
+    for key in ("steps", "batch", "evaluate_every", "evaluate_sequences"):
+        if getattr(training, key) < 1:
+            raise UserError(f"training.{key} must be at least 1; got {getattr(training, key)}.")
+    if training.micro_batch and training.batch % training.micro_batch:
+        raise UserError(
+            f"training.micro_batch must divide training.batch; got {training.micro_batch} and {training.batch}."
+        )
+    corpus.batch_at(0, seed=training.seed, batch=1, context=model.context)  # raises when the context is too long
+    corpus.validation_batches(sequences=1, batch=1, context=model.context)
+    return Config(corpus=str(corpus.path), model=checked(model), training=training), line
+
+
+class Run:
+    """An existing run directory. Raises UserError when it is none, or its config is damaged."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path} is no run directory (it has no config.json).")
+        self.config = from_dict(Config, read_json(path / "config.json"))
+        self.env = read_json(path / "env.json")
+
+    @classmethod
+    def create(cls, path: Path, config: Config, corpus: Corpus) -> Run:
+        """Make the directory for a definite config. Raises UserError when something is there."""
+        if path.exists():
+            raise UserError(f"{path} exists already; go on with --resume {path}, or choose another --out.")
+        with new_folder(path) as folder:
+            write_json(folder / "config.json", as_dict(config))
+            rule = Path(config.model.rule) if config.model.rule.endswith(".py") else None
+            env = {
+                "yuriiformer": __version__,
+                "corpus_sha256": corpus.fingerprint,
+                "rule_sha256": sha256(rule) if rule else None,
+            }
+            write_json(folder / "env.json", env | describe(config.training.device))
+            shutil.copy(corpus.path / TOKENIZER, folder / TOKENIZER)
+            if rule:
+                shutil.copy(rule, folder / "rule.py")
+            (folder / "checkpoints").mkdir()
+        return cls(path)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def complete(self) -> bool:
+        return (self.path / "summary.json").is_file()
+
+    @property
+    def step(self) -> int:
+        """The step of the newest checkpoint, 0 where there is none."""
+        return max((step for step, _ in newest_first(self.checkpoints)), default=0)
+
+    def tokenizer(self) -> Tokenizer:
+        if not (self.path / TOKENIZER).is_file():
+            raise UserError(f"{self.path / TOKENIZER} is missing.")
+        return Tokenizer.from_file(str(self.path / TOKENIZER))
+
+    def corpus(self) -> Corpus:
+        """The corpus the run was made with. Raises UserError when it is another one now."""
+        corpus = Corpus(Path(self.config.corpus))
+        if corpus.fingerprint != self.env["corpus_sha256"]:
+            raise UserError(f"corpus {corpus.path} is not the one {self.path} was trained on (its sha256 differs).")
+        return corpus
+
+    def build(self) -> LanguageModel:
+        """The model with its initial weights. Raises UserError when its rule file is gone or has changed."""
+        rule = self.config.model.rule
+        if rule.endswith(".py") and not (Path(rule).is_file() and sha256(Path(rule)) == self.env["rule_sha256"]):
+            raise UserError(
+                f"{self.path} was trained with the rule file {rule}, which is missing or has changed; "
+                f"put the copy {self.path / 'rule.py'} back in its place."
+            )
+        return LanguageModel(self.config.model, self.config.training.seed)
+
+    def load(self) -> tuple[LanguageModel, list[str]]:
+        """The model with its newest whole checkpoint, and a line for each damaged one passed over."""
+        model = self.build()
+        return model, restore(self.checkpoints, model, required=True)[1]
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def records(self) -> list[dict[str, Any]]:
+        """The whole lines of metrics.jsonl; a last line cut short by a kill is left out."""
+        lines = self.metrics.read_text(encoding="utf-8").split("\n")[:-1] if self.metrics.is_file() else []
+        return [json.loads(line) for line in lines]
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop what was logged after the checkpoint that training goes on from."""
+        kept = [record for record in self.records() if record["step"] <= step]
+        write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
