@@ -17,10 +17,6 @@ from .errors import UserError
 if TYPE_CHECKING:
     from .data.corpus import Corpus
 
-ARM_HELP = """an arm is RULE[:SPLITTING][,KEY=VALUE ...]; a KEY is a config key without its section, an option or a
-coefficient of the rule. Examples: nesterov   nesterov:strang   heavy_ball,velocity_start=zeros,x0_scale=30
-imex,k=2   nesterov,mu=0.5,beta=0.5   my_rule.py:euler"""
-
 
 class Parser(argparse.ArgumentParser):
     """One line for a wrong command line."""
@@ -64,7 +60,7 @@ def _parser() -> Parser:
         "compare",
         _compare,
         "train several arms on the same batches and say which is better",
-        f"{ARM_HELP}\n\n{_keys()}",
+        f"{presets.ARM_HELP}\n\n{_keys()}",
     )
     sub.add_argument("arms", nargs="*", metavar="ARM", help="the first is the baseline; none: the demo's three")
     sub.add_argument(
@@ -72,7 +68,7 @@ def _parser() -> Parser:
         action="store_true",
         help="add the controls: v0 = 0 with a scaled x0, and the baseline with that scale",
     )
-    sub.add_argument("--seeds", type=int, default=3, metavar="N")
+    sub.add_argument("--seeds", type=int, default=3, metavar="N", help="from training.seed on; default 3")
     budget = sub.add_mutually_exclusive_group()
     for kind, text in (("tokens", "training tokens"), ("flops", "training FLOPs"), ("seconds", "seconds of training")):
         budget.add_argument(f"--{kind}", type=float, metavar="X", help=f"{text} for each arm and seed")
@@ -88,8 +84,8 @@ def _parser() -> Parser:
         "--json", action="store_true", help="print comparison.json; everything else goes to standard error"
     )
 
-    sub = command("train", _train, "train one arm", f"{ARM_HELP}\n\n{_keys()}")
-    sub.add_argument("arm", nargs="?", metavar="ARM", default="nesterov")
+    sub = command("train", _train, "train one arm", f"{presets.ARM_HELP}\n\n{_keys()}")
+    sub.add_argument("arm", nargs="?", metavar="ARM", default=presets.DEMO_ARMS[-1])
     sub.add_argument("--out", type=Path, metavar="DIR", help="the new run directory")
     sub.add_argument("--resume", type=Path, metavar="DIR", help="go on with a run")
     sub.add_argument("--rule", metavar="NAME|FILE.py", help="the same as naming it as ARM")
@@ -226,6 +222,8 @@ def _prepare(options: argparse.Namespace) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     base = _base(options)
+    if options.seeds < 1:
+        raise UserError(f"--seeds must be at least 1; got {options.seeds}.")
     names = options.arms or list(presets.DEMO_ARMS)
     names += [name for name in presets.CONTROL_ARMS if options.controls and name not in names]
     given = [
@@ -240,10 +238,11 @@ def _compare(options: argparse.Namespace) -> None:
 
     training = base.training
     kind, amount = given[0] if given else ("tokens", training.steps * training.batch * base.model.context)
+    arms = [parse_arm(name, base) for name in names]
+    seeds = range(training.seed, training.seed + options.seeds)
+    corpus = _corpus(options.corpus, options.out)
     with Stop().on_signals() as stop:
-        arms = [parse_arm(name, base) for name in names]
-        corpus = _corpus(options.corpus, options.out)
-        compare(arms, options.seeds, Budget(kind, amount), corpus, options.out, _command(), stop)
+        compare(arms, seeds, Budget(kind, amount), corpus, options.out, _command(), stop)
 
     from .report.page import write_page
     from .report.terminal import show
@@ -276,21 +275,20 @@ def _train(options: argparse.Namespace) -> None:
     from .training.loop import Stop
     from .training.run import Run, definite
 
-    with Stop().on_signals() as stop:
-        if options.resume:
-            run, line = Run(options.resume), f"going on with {options.resume}"
-        else:
-            head, comma, rest = options.arm.partition(",")
-            rule, _, splitting = head.partition(":")
-            text = f"{options.rule or rule}:{options.splitting or splitting or 'auto'}{comma}{rest}"
-            arm = parse_arm(text, _base(options))
-            corpus = _corpus(options.corpus, options.out.parent)
-            config, line = definite(arm.config, corpus)
-            run = Run.create(options.out, config, corpus)
-        with Meter("training", run.config.training.steps) as meter:
-            meter.line(line)
-            train_with_meter(run, meter, run.config.model.rule, 1, stop)
-            meter.line(f"Generate with: yuriiformer generate {run.path} --prompt '...'")
+    if options.resume:
+        run, line = Run(options.resume), f"going on with {options.resume}"
+    else:
+        head, comma, rest = options.arm.partition(",")
+        rule, _, splitting = head.partition(":")
+        text = f"{options.rule or rule}:{options.splitting or splitting or 'auto'}{comma}{rest}"
+        arm = parse_arm(text, _base(options))
+        corpus = _corpus(options.corpus, options.out.parent)
+        config, line = definite(arm.config, corpus)
+        run = Run.create(options.out, config, corpus)
+    with Stop().on_signals() as stop, Meter("training", run.config.training.steps) as meter:
+        meter.line(line)
+        train_with_meter(run, meter, run.config.model.rule, 1, stop)
+        meter.line(f"Generate with: yuriiformer generate {run.path} --prompt '...'")
 
 
 def _generate(options: argparse.Namespace) -> None:

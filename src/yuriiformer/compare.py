@@ -86,7 +86,7 @@ def _is_number(text: str) -> bool:
 
 
 def compare(
-    arms: Sequence[Arm], seeds: int, budget: Budget, corpus: Corpus, out: Path, command: str, stop: Stop
+    arms: Sequence[Arm], seeds: Sequence[int], budget: Budget, corpus: Corpus, out: Path, command: str, stop: Stop
 ) -> None:
     """Train every arm with every seed into `out`, or what is missing of it. The first arm is the baseline.
 
@@ -94,15 +94,13 @@ def compare(
     """
     if len({arm.slug for arm in arms}) < len(arms):
         raise UserError("two arms are the same; name each once.")
-    if seeds < 1:
-        raise UserError(f"at least one seed is needed; got {seeds}.")
     with Meter("comparing", None) as meter:
         made = [(arm, *definite(arm.config, corpus)) for arm in arms]
-        meter.line(f"{len(arms)} arms x {seeds} seeds on {made[0][2]}")
+        meter.line(f"{len(arms)} arms x {len(seeds)} seeds on {made[0][2]}")
         arms = [dataclasses.replace(arm, config=config) for arm, config, _ in made]
         steps = _plan(arms, seeds, budget, corpus, out, command, stop)
 
-    runs = [(seed, arm) for seed in range(seeds) for arm in arms]
+    runs = [(seed, arm) for seed in seeds for arm in arms]
     cost = {arm.name: steps[arm.name] * _training_flops(arm.config) for arm in arms}
     with Meter("comparing", float(sum(cost[arm.name] for _, arm in runs))) as meter:
         for number, (seed, arm) in enumerate(runs, 1):
@@ -141,12 +139,12 @@ def train_with_meter(run: Run, meter: Meter, label: str, work_per_step: float, s
 
 
 def _plan(
-    arms: Sequence[Arm], seeds: int, budget: Budget, corpus: Corpus, out: Path, command: str, stop: Stop
+    arms: Sequence[Arm], seeds: Sequence[int], budget: Budget, corpus: Corpus, out: Path, command: str, stop: Stop
 ) -> dict[str, int]:
     """The steps of each arm; written down before the first run, and checked when the comparison goes on."""
     wanted = {
         "arms": {arm.name: as_dict(arm.config) for arm in arms},
-        "seeds": seeds,
+        "seeds": list(seeds),
         "budget": dataclasses.asdict(budget),
         "corpus_sha256": corpus.fingerprint,
     }

@@ -25,7 +25,7 @@ def doc(text: str, default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
 class ModelConfig:
     rule: str = doc("update rule: a name from `yuriiformer rules`, or a path to a .py file")
     splitting: str = doc("how the oracles are combined; auto is the rule's default", "auto")
-    options: dict[str, Any] = doc("the rule's structural options, such as k of imex", default_factory=dict)
+    options: dict[str, Any] = doc("the rule's structural options, such as k=2", default_factory=dict)
     layers: int = doc("number of layers", 8)
     heads: int = doc("attention heads; must divide width", 3)
     width: int = doc("width of each stream", 96)

@@ -285,4 +285,5 @@ def checked(config: ModelConfig) -> ModelConfig:
         except (TypeError, ValueError, ZeroDivisionError):
             interval = rule.coefficients[name].range.interval
             raise UserError(f"coefficient {name} of rule {rule.name!r} must be in {interval}; got {value!r}.") from None
+    oracle_calls(config)  # runs the rule once: one that cannot run, or returns the wrong streams, is refused here
     return config

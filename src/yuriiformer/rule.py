@@ -95,10 +95,13 @@ class Rule:
 
             return oracle
 
-        one = torch.ones(1)
+        stream = torch.ones(1, 2, 4)
         norm = [lambda v: v] if self.normed else []
         values = {name: c.default for name, c in self.coefficients.items()} | dict(options)
-        out = self.step(*[one] * len(self.streams), *map(counting, self.oracles), *norm, **values)
+        try:
+            out = self.step(*[stream] * len(self.streams), *map(counting, self.oracles), *norm, **values)
+        except Exception as error:
+            raise _located(error, self.step.__code__.co_filename) from None
         if len(as_streams(out)) != len(self.streams):
             raise UserError(
                 f"rule {self.name!r} returns {len(as_streams(out))} streams; its signature takes "
@@ -211,9 +214,14 @@ def _from_file(path: Path) -> Rule:
     except SyntaxError as error:
         raise UserError(f"{path}, line {error.lineno}: {error.msg}") from None
     except Exception as error:
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
-        raise UserError(f"{path}, line {lines[-1] if lines else 1}: {type(error).__name__}: {error}") from None
+        raise _located(error, str(path)) from None
     found = [value for value in vars(module).values() if isinstance(value, Rule)]
     if len(found) != 1:
         raise UserError(f"{path} defines {len(found)} rules; a rule file defines exactly one, with @rule.")
     return found[0]
+
+
+def _located(error: Exception, path: str) -> UserError:
+    """What went wrong in a rule file, and in which line."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+    return UserError(f"{path}, line {lines[-1] if lines else 1}: {type(error).__name__}: {error}")

@@ -77,9 +77,10 @@ class Source:
 
 
 def _standard_library() -> list[Path]:
-    """The running interpreter's own source, without its tests (not every machine has them) and without packages."""
+    """The running interpreter's own source: without tests (not every machine has them), installed packages,
+    and `encodings`, which is tables of characters more than text."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    left_out = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"}
     files = [f for f in root.rglob("*.py") if not left_out & set(f.relative_to(root).parts)]
     return sorted(f for f in files if f.stat().st_size)
 

@@ -17,10 +17,12 @@ from .statistics import holm, paired
 def collect(out: Path) -> dict[str, Any]:
     """Read a comparison's runs. Raises UserError when one is missing or not complete."""
     plan = read_json(out / "plan.json")
-    seeds = range(plan["seeds"])
     names = list(plan["arms"])
-    runs = {name: [_read_run(out / "runs" / f"{plan['slugs'][name]}-seed{seed}") for seed in seeds] for name in names}
-    arms = [_arm(name, plan["arms"][name], runs[name]) for name in names]
+    runs = {
+        name: [_read_run(out / "runs" / f"{plan['slugs'][name]}-seed{seed}") for seed in plan["seeds"]]
+        for name in names
+    }
+    arms = [_arm(name, plan["arms"][name], dict(zip(plan["seeds"], runs[name], strict=True))) for name in names]
     final = {arm["name"]: list(arm["final_validation"].values()) for arm in arms}
 
     against = [paired(final[name], final[names[0]]) for name in names[1:]]
@@ -69,9 +71,10 @@ def _read_run(path: Path) -> dict[str, Any]:
     }
 
 
-def _arm(name: str, config: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
-    model, summaries = config["model"], [run["summary"] for run in runs]
-    first = summaries[0]
+def _arm(name: str, config: dict[str, Any], runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """One arm; `runs` by seed."""
+    model, summaries = config["model"], {str(seed): run["summary"] for seed, run in runs.items()}
+    first = next(iter(summaries.values()))
     return {
         "name": name,
         "rule": model["rule"],
@@ -83,14 +86,14 @@ def _arm(name: str, config: dict[str, Any], runs: list[dict[str, Any]]) -> dict[
         "parameters_by_part": first["parameters"],
         "flops_per_token": 3 * sum(first["forward_flops_per_token"].values()),
         "forward_flops_by_part": first["forward_flops_per_token"],
-        "tokens_per_second": float(np.median([s["tokens_per_second"] for s in summaries])),
+        "tokens_per_second": float(np.median([s["tokens_per_second"] for s in summaries.values()])),
         "steps": first["steps"],
         "tokens": first["tokens"],
-        "seconds": [s["seconds"] for s in summaries],
-        "final_validation": {str(seed): s["final_validation"] for seed, s in enumerate(summaries)},
-        "best_validation": {str(seed): s["best_validation"] for seed, s in enumerate(summaries)},
-        "training_loss": {str(seed): s["training_loss"] for seed, s in enumerate(summaries)},
-        "coefficients": [s["coefficients"] for s in summaries],
+        "seconds": [s["seconds"] for s in summaries.values()],
+        "final_validation": {seed: s["final_validation"] for seed, s in summaries.items()},
+        "best_validation": {seed: s["best_validation"] for seed, s in summaries.items()},
+        "training_loss": {seed: s["training_loss"] for seed, s in summaries.items()},
+        "coefficients": [s["coefficients"] for s in summaries.values()],
         "sample": first["sample"],
     }
 

@@ -31,7 +31,7 @@ pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; white-space: pre-wr
 .prompt { color: #777; } footer { margin-top: 3rem; color: #777; font-size: .85rem; }
 </style>
 <h1>{{ c.arms | map(attribute="name") | join(" against ") if c.arms | length == 2 else "Comparison of %d arms" % c.arms | length }}</h1>
-<p class="say">{{ c.seeds }} seed{{ "s" if c.seeds > 1 }}, budget {{ "{:,.0f}".format(c.budget.amount) }} {{ c.budget.kind }} an arm and seed,
+<p class="say">{{ c.seeds | length }} seed{{ "s" if c.seeds | length > 1 }} ({{ c.seeds | join(", ") }}), budget {{ "{:,.0f}".format(c.budget.amount) }} {{ c.budget.kind }} an arm and seed,
 the same batches in the same order for every arm. Baseline: <b>{{ c.baseline }}</b>.</p>
 {% for line in c.verdict %}<p class="verdict">{{ line }}</p>{% endfor %}
 

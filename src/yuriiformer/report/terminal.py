@@ -13,7 +13,7 @@ from .page import mean, spread
 def show(comparison: dict[str, Any], console: Console) -> None:
     """Print the table and the verdict."""
     table = Table(
-        title=f"{comparison['seeds']} seeds, {comparison['budget']['amount']:,.0f} {comparison['budget']['kind']} each"
+        title=f"{len(comparison['seeds'])} seeds, {comparison['budget']['amount']:,.0f} {comparison['budget']['kind']} each"
     )
     table.add_column("arm", overflow="fold")
     for column in ("parameters", "FLOPs/token", "tokens/s", "final loss", "best", "against baseline", "p (Holm)"):

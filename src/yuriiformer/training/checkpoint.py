@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -32,15 +33,15 @@ def save(
 ) -> None:
     """Commit a checkpoint, then delete all but the newest `keep`."""
     target = folder / f"step_{progress.step}"
-    if not target.exists():
-        with new_folder(target) as partial:
-            safetensors.torch.save_file(_contiguous(model.state_dict()), partial / MODEL)
-            safetensors.torch.save_file(_contiguous(_optimizer_state(model, optimizers)), partial / OPTIMIZER)
-            files = {
-                name: {"bytes": (partial / name).stat().st_size, "sha256": sha256(partial / name)}
-                for name in (MODEL, OPTIMIZER)
-            }
-            write_json(partial / STATE, {"format": FORMAT, "progress": asdict(progress), "files": files})
+    shutil.rmtree(target, ignore_errors=True)  # one that restore() found damaged
+    tensors = {MODEL: model.state_dict(), OPTIMIZER: _optimizer_state(model, optimizers)}
+    with new_folder(target) as partial:
+        files = {}
+        for name, state in tensors.items():
+            data = safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in state.items()})
+            (partial / name).write_bytes(data)
+            files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        write_json(partial / STATE, {"format": FORMAT, "progress": asdict(progress), "files": files})
     for _, old in newest_first(folder)[max(1, keep) :]:
         shutil.rmtree(old)
 
@@ -95,10 +96,6 @@ def _verify(checkpoint: Path) -> Progress:
         return Progress(**state["progress"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{checkpoint / STATE} is damaged: {error!r}") from None
-
-
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
 
 
 def _optimizer_state(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:

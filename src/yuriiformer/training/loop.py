@@ -108,11 +108,11 @@ def train(run: Run, stop: Stop, observe: Observer = lambda record: None) -> dict
                 optimizer.step()
                 optimizer.zero_grad()
 
-            done = step + 1
+            done, stopping = step + 1, stop.requested  # read once: a signal may come at any moment
             last = done == config.steps
             evaluate = last or done % config.evaluate_every == 0
             log = evaluate or done % LOG_EVERY == 0
-            checkpoint = last or stop.requested or (config.checkpoint_every and done % config.checkpoint_every == 0)
+            checkpoint = last or stopping or (config.checkpoint_every and done % config.checkpoint_every == 0)
             if not (log or checkpoint):
                 continue
             seconds += synchronised_time() - started
@@ -134,7 +134,7 @@ def train(run: Run, stop: Stop, observe: Observer = lambda record: None) -> dict
             if checkpoint:
                 progress = Progress(done, seconds, loss_sum.item())
                 save(run.checkpoints, progress, model, optimizers, config.keep)
-            if stop.requested and not last:
+            if stopping and not last:
                 raise Interrupted(
                     f"stopped at step {done} of {config.steps}; saved. Go on with: yuriiformer train --resume {run.path}"
                 )

@@ -1,0 +1,168 @@
+"""What every rule x splitting must do; the list is found by discovery, so a new rule is tested by being there."""
+
+import itertools
+import typing
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from yuriiformer.config import ModelConfig, TrainingConfig
+from yuriiformer.model import LanguageModel, flops_per_token, oracle_calls
+from yuriiformer.rule import all_rules, as_streams
+from yuriiformer.training.optimizer import make_optimizers
+
+
+def build(combination: dict, **changes: object) -> LanguageModel:
+    return LanguageModel(ModelConfig(**{**combination, **changes}))
+
+
+def decode(model: LanguageModel, ids: torch.Tensor) -> torch.Tensor:
+    """Logits from a cache: a prompt of five, then one by one, then three at once."""
+    cache = model.make_cache()
+    parts = [ids[:, :5], *ids[:, 5:13].split(1, dim=1), ids[:, 13:]]
+    return torch.cat([model(part, cache) for part in parts], dim=1)
+
+
+def test_cached_equals_full(combination, ids):
+    model = build(combination).double()
+    torch.testing.assert_close(
+        decode(model, ids), model(ids), rtol=0, atol=1e-6
+    )  # attention itself runs in fp32 on a CPU
+
+
+def test_causal(combination, ids):
+    model = build(combination)
+    changed = ids.clone()
+    changed[:, 9] = (ids[:, 9] + 1) % 64
+    before, after = model(ids), model(changed)
+    assert torch.equal(before[:, :9], after[:, :9])
+    assert not torch.allclose(before[:, 9:], after[:, 9:])
+
+
+def test_every_parameter_is_used_and_counted(combination, ids):
+    model = build(combination)
+    model.loss(ids, ids).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+    total = sum(p.numel() for p in model.parameters())
+    assert sum(model.parameter_counts().values()) == total
+    optimizers = make_optimizers(model, TrainingConfig())
+    assert sum(p.numel() for o in optimizers for g in o.param_groups for p in g["params"]) == total
+
+
+def test_one_graph_and_no_second_compilation(combination, ids):
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    model = build(combination)
+    compiled = torch.compile(model.loss, backend=counter, fullgraph=True)
+    targets = ids.roll(-1, 1)
+    torch.testing.assert_close(compiled(ids, targets), model.loss(ids, targets))
+    compiled(ids.flip(0), targets.flip(0))
+    assert counter.frame_count == 1
+
+
+def test_overfits_one_batch(combination, ids):
+    model = build(combination)
+    optimizers = make_optimizers(model, TrainingConfig(muon_lr=0.02, adamw_lr=0.01))
+    first = model.loss(ids, ids).item()
+    for _ in range(40):
+        model.loss(ids, ids).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert model.loss(ids, ids).item() < 0.5 * first
+
+
+def test_flops_are_what_torch_counts(combination, ids):
+    model = build(combination, velocity_start="linear")
+    with (
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        torch.utils.flop_counter.FlopCounterMode(display=False) as counter,
+    ):
+        model(ids)
+    assert counter.get_total_flops() == ids.numel() * sum(flops_per_token(model.config).values())
+
+
+def test_oracle_calls_are_what_a_forward_makes(combination, ids):
+    model = build(combination)
+    made = {"attn": 0, "mlp": 0}
+    for layer in model.layers:
+        for name in made:
+            getattr(layer, name).register_forward_hook(lambda *_, name=name: made.update({name: made[name] + 1}))
+    model(ids)
+    assert made == {name: 2 * n for name, n in oracle_calls(model.config).items()}
+
+
+CHOICES = {
+    "velocity_start": typing.get_args(ModelConfig.__annotations__["velocity_start"])
+    or ("own", "zeros", "x0", "linear"),
+    "velocity_norm": ("substep", "layer", "none"),
+    "coefficients": ("learned", "fixed", "scheduled"),
+    "scale": ({}, {"x0_scale": 30.0}, {"x0_scale": 30.0, "learn_x0_scale": True}),
+}
+
+
+def variants() -> list[dict]:
+    rows = itertools.product(*CHOICES.values())
+    return [dict(zip(list(CHOICES)[:3], row[:3], strict=True)) | row[3] for row in rows]
+
+
+def test_every_legal_variant_trains_and_decodes(combination, ids):
+    for variant in variants():
+        model = build(combination, **variant)
+        model.loss(ids, ids).backward()
+        missing = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+        assert not missing, (variant, missing)
+        with torch.no_grad():
+            torch.testing.assert_close(decode(model, ids), model(ids), rtol=1e-4, atol=1e-5, msg=str(variant))
+
+
+@pytest.mark.parametrize("rule", ["nesterov", "verlet"])
+def test_variants_compile_as_one_graph(rule, ids):
+    base = {"rule": rule, "layers": 1, "heads": 2, "width": 16, "context": 16, "vocabulary": 64}
+    singles = [{name: value} if name != "scale" else value for name, values in CHOICES.items() for value in values[1:]]
+    for variant in singles:
+        torch._dynamo.reset()
+        model = LanguageModel(ModelConfig(**base, **variant))
+        compiled = torch.compile(model.loss, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(ids, ids), model.loss(ids, ids), msg=str(variant))
+
+
+@pytest.mark.parametrize("rule", all_rules().values(), ids=lambda r: r.name)
+def test_reductions_hold(rule):
+    generator = torch.Generator().manual_seed(1)
+    x, v = torch.randn(2, 5, 8, generator=generator, dtype=torch.float64).unbind()
+    matrix = torch.randn(8, 8, generator=generator, dtype=torch.float64)
+    oracles = [lambda y: torch.tanh(y @ matrix), lambda y: torch.sin(y @ matrix.T)][: len(rule.oracles)]
+
+    def step(r, values):
+        coefficients = {n: values.get(n, c.default) for n, c in r.coefficients.items()}
+        norm = [lambda y: y] if r.normed else []
+        return as_streams(r(*[x, v][: len(r.streams)], *oracles, *norm, **coefficients))
+
+    for other, values in rule.reduces_to.items():
+        for mine, theirs in zip(step(rule, values), step(all_rules()[other], {}), strict=False):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("rule", all_rules().values(), ids=lambda r: r.name)
+def test_docstring_is_complete(rule):
+    text = rule.step.__doc__ or ""
+    assert "$$" in text, "its equation"
+    assert "oracle" in text.lower() or "call" in text, "its cost"
+    assert rule.source
+    for name in rule.coefficients:
+        assert f"`{name}`" in text, f"the meaning of {name}"
+
+
+def test_only_gradient_descent_by_lie_trotter_adds_nothing(ids):
+    """Arms of one seed share every tensor they have in common."""
+    base = {"layers": 2, "heads": 2, "width": 16, "context": 16, "vocabulary": 64}
+    plain = LanguageModel(ModelConfig(rule="gradient_descent", **base), seed=7).state_dict()
+    momentum = LanguageModel(ModelConfig(rule="nesterov", **base), seed=7).state_dict()
+    assert set(plain) < set(momentum)
+    assert all(torch.equal(tensor, momentum[name]) for name, tensor in plain.items())
+    other = LanguageModel(ModelConfig(rule="gradient_descent", **base), seed=8).state_dict()
+    assert not torch.equal(plain["input.token.weight"], other["input.token.weight"])
