@@ -19,6 +19,7 @@ from .data.corpus import Corpus
 from .errors import UserError, unknown
 from .files import read_json, write_json
 from .model import flops_per_token
+from .presets import SCALED, SECOND_TABLE, ZERO_START
 from .progress import Meter
 from .rule import find_rule
 from .training.loop import Stop, train
@@ -83,6 +84,17 @@ def _is_number(text: str) -> bool:
         return math.isfinite(float(text))
     except ValueError:
         return False
+
+
+def controls(names: Sequence[str]) -> list[str]:
+    """The honest controls that a comparison of these arms lacks: the baseline with momentum's parameters, and each
+    momentum arm with no parameters more, beside the baseline with the same scale (see `presets`)."""
+    baseline, *others = names
+    momentum = [
+        name for name in others if len(find_rule(re.split("[:,]", name)[0]).streams) > 1 and ZERO_START not in name
+    ]
+    wanted = [f"{baseline},{SECOND_TABLE}", f"{baseline},{SCALED}", *(f"{n},{ZERO_START},{SCALED}" for n in momentum)]
+    return [name for name in wanted if name not in names] if momentum else []
 
 
 def compare(

@@ -17,7 +17,7 @@ from .cache import KVCache
 from .config import ModelConfig
 from .errors import UserError, unknown
 from .oracle import MLP, Attention
-from .rule import Rule, as_streams, find_rule
+from .rule import UNIT, Rule, as_streams, find_rule
 from .splitting import Direction, Splitting, find_splitting
 
 Streams = tuple[Tensor, ...]  # the state first; each (batch, time, width)
@@ -26,13 +26,14 @@ Streams = tuple[Tensor, ...]  # the state first; each (batch, time, width)
 class Substep(nn.Module):
     """One application of a rule, with its own coefficients and velocity norm."""
 
+    fixed: Tensor
+
     def __init__(self, rule: Rule, config: ModelConfig, layer: int, normed: bool) -> None:
         super().__init__()
         self.rule, self.options, self.learned = rule, config.options, config.coefficients == "learned"
         initial = _initial_values(rule, config, layer)
         # All scalars in one 1-D tensor, unbound at use: a 0-d factor leaves the dtype of a stream alone,
         # and sharded training refuses 0-d parameters.
-        self.fixed: Tensor
         if initial and self.learned:
             raw = [rule.coefficients[name].range.raw(value) for name, value in initial.items()]
             self.raw = nn.Parameter(torch.tensor(raw))
@@ -59,8 +60,7 @@ def _initial_values(rule: Rule, config: ModelConfig, layer: int) -> dict[str, fl
     """Where the coefficients start (or stay) in a layer, counted from 0."""
     values = {}
     for name, coefficient in rule.coefficients.items():
-        unit = coefficient.range.interval == "(0, 1)"
-        if config.coefficients == "scheduled" and unit:
+        if config.coefficients == "scheduled" and coefficient.range is UNIT:
             values[name] = (layer + 1) / (layer + 4)  # Nesterov's t / (t + 3), t = 1, 2, ...
         elif name in config.values:
             values[name] = config.values[name]
@@ -80,10 +80,8 @@ class Layer(nn.Module):
         self.attn = Attention(config.width, config.heads)
         self.mlp = MLP(config.width)
         last = len(splitting.stages) - 1
-        normed = {"substep": lambda i: True, "layer": lambda i: i == last, "none": lambda i: False}[
-            config.velocity_norm
-        ]
-        self.substeps = nn.ModuleList(Substep(rule, config, index, normed(i)) for i in range(last + 1))
+        normed = {"substep": range(last + 1), "layer": [last], "none": []}[config.velocity_norm]
+        self.substeps = nn.ModuleList(Substep(rule, config, index, i in normed) for i in range(last + 1))
 
     def forward(self, streams: Streams, cache: KVCache | None = None) -> Streams:
         oracles: dict[str, Direction] = {"attn": partial(self.attn, cache=cache), "mlp": self.mlp}
@@ -280,10 +278,8 @@ def checked(config: ModelConfig) -> ModelConfig:
     for name, value in config.values.items():
         if name not in rule.coefficients:
             raise unknown(f"coefficient of rule {rule.name!r}", name, rule.coefficients)
-        try:
-            rule.coefficients[name].range.raw(value)
-        except (TypeError, ValueError, ZeroDivisionError):
+        if not rule.coefficients[name].range.holds(value):
             interval = rule.coefficients[name].range.interval
-            raise UserError(f"coefficient {name} of rule {rule.name!r} must be in {interval}; got {value!r}.") from None
+            raise UserError(f"coefficient {name} of rule {rule.name!r} must be in {interval}; got {value!r}.")
     oracle_calls(config)  # runs the rule once: one that cannot run, or returns the wrong streams, is refused here
     return config

@@ -5,13 +5,15 @@ from __future__ import annotations
 from .config import Config, ModelConfig, TrainingConfig
 
 BASELINE = "gradient_descent"
+# Honest controls, as changes to an arm: as many parameters as momentum's own tables bring, without momentum ...
 SECOND_TABLE = "second_table=true"
+# ... and momentum without one parameter more. The velocity norm gives v unit size while x0 has size 0.02, so from
+# v0 = 0 the velocity would swamp the token's own embedding; a baseline with the same scale stands beside it.
 SCALED = "x0_scale=30"
+ZERO_START = "velocity_start=zeros"
 
-# The arms of `compare` when none are named; the first is the baseline. The second has the parameters of the third.
+# The arms of `compare` when none are named; the first is the baseline.
 DEMO_ARMS = (BASELINE, f"{BASELINE},{SECOND_TABLE}", "nesterov")
-# What `compare --controls` adds: the gain without one parameter more, beside a baseline with the same scale.
-CONTROL_ARMS = (f"{BASELINE},{SCALED}", f"nesterov,velocity_start=zeros,{SCALED}")
 
 ARM_HELP = """an arm is RULE[:SPLITTING][,KEY=VALUE ...]; a KEY is a config key without its section, an option or a
 coefficient of the rule. Examples: nesterov   nesterov:strang   heavy_ball,velocity_start=zeros,x0_scale=30

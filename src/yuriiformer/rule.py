@@ -35,6 +35,12 @@ class Range:
     value: Callable[[Tensor], Tensor]  # raw parameter -> coefficient
     raw: Callable[[float], float]  # coefficient -> raw parameter; raises outside the interval
 
+    def holds(self, coefficient: Any) -> bool:
+        try:
+            return math.isfinite(self.raw(coefficient))
+        except (TypeError, ValueError, ZeroDivisionError):
+            return False
+
 
 UNIT = Range("(0, 1)", torch.sigmoid, lambda c: math.log(c / (1 - c)))
 POSITIVE = Range("(0, inf)", F.softplus, lambda c: c + math.log(-math.expm1(-c)))
@@ -144,10 +150,7 @@ def rule(
             default = parameter.default
             if parameter.kind is not parameter.KEYWORD_ONLY:
                 if kind not in names:
-                    raise UserError(
-                        f"{where}: parameter {name!r} must be annotated Stream, Velocity, Oracle or Norm; "
-                        "coefficients come after a bare *."
-                    )
+                    raise UserError(f"{where}: parameter {name!r} must be annotated Stream, Velocity, Oracle or Norm.")
                 names[kind].append(name)
                 order.append(kind)
             elif typing.get_origin(hint) is Literal:
@@ -156,19 +159,15 @@ def rule(
                     raise UserError(f"{where}: option {name!r} needs a default out of {choices}.")
                 options[name] = (default, *(c for c in choices if c != default))
             elif isinstance(kind, Range):
-                try:
-                    kind.raw(default)
-                except (ValueError, TypeError, ZeroDivisionError):
-                    raise UserError(f"{where}: coefficient {name!r} needs a default in {kind.interval}.") from None
+                if not kind.holds(default):
+                    raise UserError(f"{where}: coefficient {name!r} needs a default in {kind.interval}.")
                 coefficients[name] = Coefficient(kind, float(default))
             else:
                 raise UserError(f"{where}: coefficient {name!r} must be annotated Unit, Positive, Real or Literal.")
 
         streams, oracles = (*names["stream"], *names["velocity"]), tuple(names["oracle"])
         if order != sorted(order, key=list(names).index) or len(names["stream"]) != 1 or len(names["norm"]) > 1:
-            raise UserError(
-                f"{where}: parameters must be one Stream, then Velocity, then Oracle, then at most one Norm."
-            )
+            raise UserError(f"{where}: parameters are one Stream, then Velocity, then Oracle, then at most one Norm.")
         if oracles not in (("oracle",), ("attn", "mlp")):
             raise UserError(f"{where}: oracles are {oracles}; allowed are ('oracle',) or ('attn', 'mlp').")
         if not set(readout) <= set(streams):

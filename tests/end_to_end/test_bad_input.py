@@ -68,7 +68,7 @@ def test_rule_file(train, tmp_path):
     assert "coefficient 'beta' needs a default in (0, 1)" in wrong("x: Stream, oracle: Oracle, *, beta: Unit = 1.5")
     assert "coefficient 'beta' needs a default in (0, 1)" in wrong("x: Stream, oracle: Oracle, *, beta: Unit")
     assert "coefficient 'beta' must be annotated" in wrong("x: Stream, oracle: Oracle, *, beta=0.5")
-    assert "one Stream, then Velocity" in wrong("v: Velocity, x: Stream, oracle: Oracle")
+    assert "one Stream, then Velocity, then Oracle" in wrong("v: Velocity, x: Stream, oracle: Oracle")
     assert "oracles are ('a',)" in wrong("x: Stream, a: Oracle")
     assert "returns 1 streams; its signature takes 2" in wrong("x: Stream, v: Velocity, oracle: Oracle", "return x")
     assert f"{path}, line 5: NameError" in wrong(body="return x + y")

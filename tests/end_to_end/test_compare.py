@@ -8,9 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import numpy as np
 import pytest
+
+from yuriiformer.compare import controls
+from yuriiformer.config import override
+from yuriiformer.data.corpus import Corpus
+from yuriiformer.training.loop import Stop, train
+from yuriiformer.training.run import Run, definite
 
 SMALL = "--set model.layers=2 model.width=16 model.heads=2 model.context=16 training.batch=4 training.evaluate_every=10 training.compile=no training.precision=fp32"
 ARMS = ["gradient_descent", "gradient_descent,second_table=true", "nesterov"]
@@ -66,16 +72,25 @@ def test_terminal_shows_a_verdict(comparison):
     assert "report.html" in shown
 
 
-def test_arms_of_a_seed_start_and_read_alike(comparison):
-    """Same weights where they share them and same batches: the two gradient descents have the first loss in common
-    with a run of the same seed alone."""
-    out, _, _ = comparison
-    logs = {
-        p.parent.name: [json.loads(line) for line in p.read_text().splitlines()]
-        for p in out.glob("runs/*/metrics.jsonl")
-    }
-    assert len(logs) == 6
-    assert len({tuple(r["tokens"] for r in log) for log in logs.values()}) == 1
+def test_every_arm_reads_the_same_batches(corpus, tmp_path, monkeypatch, config):
+    """What the loop asks of the corpus, recorded for two arms: the same rows in the same order."""
+    original, read = Corpus.batch_at, []
+
+    def recorded(self, step, **settings):
+        batch = original(self, step, **settings)
+        read.append(batch[0])
+        return batch
+
+    monkeypatch.setattr(Corpus, "batch_at", recorded)
+    arms = []
+    for name in ("gradient_descent", "nesterov"):
+        made, _ = definite(override(config, {"model.rule": name}), corpus)
+        run = Run.create(tmp_path / name, made, corpus)
+        read.clear()
+        train(run, Stop())
+        arms.append(np.stack(read))
+    assert arms[0].shape == (12, 4, 16)
+    assert (arms[0] == arms[1]).all()
 
 
 def test_killed_comparison_goes_on(corpus, comparison, tmp_path):
@@ -151,10 +166,13 @@ def test_report_opens_in_a_browser(comparison, tmp_path, width):
     assert not seen["wide"], "the page scrolls sideways"
 
 
-def test_controls_are_offered(comparison, cli):
-    assert Path(comparison[0] / "report.html").is_file()
-    help_text = cli("compare", "--help").stdout
-    assert "--controls" in help_text
+def test_controls_are_offered(comparison):
+    out, printed, shown = comparison
+    assert "--controls adds them" in shown
+    assert printed["controls_not_run"] == ["gradient_descent,x0_scale=30", "nesterov,velocity_start=zeros,x0_scale=30"]
+    assert "nesterov,velocity_start=zeros,x0_scale=30" in (out / "report.html").read_text()
+    assert controls([*ARMS, *printed["controls_not_run"]]) == []
+    assert controls(["gradient_descent", "gradient_descent:strang"]) == [], "no momentum, nothing to control for"
 
 
 def test_help_is_fast_and_needs_no_torch():

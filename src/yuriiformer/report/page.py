@@ -34,6 +34,7 @@ pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; white-space: pre-wr
 <p class="say">{{ c.seeds | length }} seed{{ "s" if c.seeds | length > 1 }} ({{ c.seeds | join(", ") }}), budget {{ "{:,.0f}".format(c.budget.amount) }} {{ c.budget.kind }} an arm and seed,
 the same batches in the same order for every arm. Baseline: <b>{{ c.baseline }}</b>.</p>
 {% for line in c.verdict %}<p class="verdict">{{ line }}</p>{% endfor %}
+{% if c.controls_not_run %}<p class="say">Honest controls that were not run here (<code>--controls</code> adds them): {{ c.controls_not_run | join("; ") }}.</p>{% endif %}
 
 <h2>Numbers</h2>
 <p class="say">Validation loss in nats per token, mean of the seeds, ± the standard deviation. Lower is better.</p>
