@@ -13,7 +13,7 @@ from pathlib import Path
 from yuriiformer.cli import main
 from yuriiformer.presets import DEMO_ARMS
 
-MUON, ADAMW = (0.005, 0.01, 0.02), (0.005, 0.01, 0.02)
+MUON, ADAMW = (0.01, 0.02, 0.04), (0.01, 0.02, 0.04)
 SEED = 100
 
 
@@ -27,7 +27,9 @@ def sweep(arguments: list[str]) -> int:
     record = {key: comparison[key] for key in ("seeds", "budget", "corpus_sha256", "machine", "training")}
     Path("results/sweep.json").write_text(json.dumps(record | {"final_validation": loss}, indent=1) + "\n")
     for arm in DEMO_ARMS:
-        print(f"\n| {arm}: Muon | " + " | ".join(f"AdamW {w}" for w in ADAMW) + " |\n|---" * (len(ADAMW) + 1) + "|")
+        print(
+            f"\n| {arm}: Muon | " + " | ".join(f"AdamW {w}" for w in ADAMW) + " |\n" + "|---" * (len(ADAMW) + 1) + "|"
+        )
         for m in MUON:
             print(f"| {m} | " + " | ".join(f"{loss[f'{arm},muon_lr={m},adamw_lr={w}']:.4f}" for w in ADAMW) + " |")
     return 0

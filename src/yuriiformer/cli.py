@@ -230,7 +230,7 @@ def _compare(options: argparse.Namespace) -> None:
     ]
 
     from .compare import Budget, compare, controls, parse_arm
-    from .files import write_json
+    from .files import write_json, write_text
     from .progress import console
     from .report.comparison import collect
     from .training.loop import Stop
@@ -247,11 +247,12 @@ def _compare(options: argparse.Namespace) -> None:
         compare(arms, seeds, Budget(kind, amount), corpus, options.out, _command(), stop)
 
     from .report.page import write_page
-    from .report.terminal import show
+    from .report.tables import markdown, show
 
     comparison = collect(options.out) | {"controls_not_run": missing}
     write_json(options.out / "comparison.json", comparison)
     write_page(comparison, options.out / "report.html")
+    write_text(options.out / "table.md", markdown(comparison))
     show(comparison, console)
     if missing:
         console.print(f"Honest controls not run here (--controls adds them): {', '.join(missing)}", soft_wrap=True)

@@ -11,6 +11,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 LINE_EVERY = 10.0  # seconds
 
 console = Console(stderr=True, highlight=False)
+if not console.is_terminal:
+    console.width = max(console.width, 170)  # a table in a log file is not cut to 80 columns
 
 
 class Meter:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..files import read_json
-from .statistics import holm, paired
+from .statistics import holm, mean, paired
 
 
 def collect(out: Path) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def collect(out: Path) -> dict[str, Any]:
     for arm, test in zip(arms[1:], against, strict=True):
         arm["against_baseline"] = test
 
-    equal_seconds = min(float(np.mean(arm["seconds"])) for arm in arms)
+    equal_seconds = min(mean(arm["seconds"]) for arm in arms)
     for arm, name in zip(arms, names, strict=True):
         curves = [run["curve"] for run in runs[name]]
         arm["curves"] = {
@@ -100,13 +100,13 @@ def _arm(name: str, config: dict[str, Any], runs: dict[int, dict[str, Any]]) -> 
 
 def _verdict(arm: dict[str, Any], baseline: str) -> str:
     test = arm["against_baseline"]
-    mean, differences = test["mean_difference"], test["differences"]
-    side = "below" if mean < 0 else "above"
-    same_sign = sum((d < 0) == (mean < 0) for d in differences)
-    text = f"{arm['name']} ends {abs(mean):.4f} nats {side} {baseline}, in {same_sign} of {len(differences)} seeds"
+    gap, differences = test["mean_difference"], test["differences"]
+    side = "below" if gap < 0 else "above"
+    same_sign = sum((d < 0) == (gap < 0) for d in differences)
+    text = f"{arm['name']} ends {abs(gap):.4f} nats {side} {baseline}, in {same_sign} of {len(differences)} seeds"
     if test["p_value"] is None:
         return f"{text}. One seed says nothing about the spread; run more seeds for an interval."
     text += f" (95 % interval {test['low']:+.4f} to {test['high']:+.4f}, p = {test['p_value_holm']:.2g} after Holm)"
     if test["p_value_holm"] < 0.05:
-        return f"{text}: a significant {'improvement' if mean < 0 else 'loss'}."
+        return f"{text}: a significant {'improvement' if gap < 0 else 'loss'}."
     return f"{text}: not significant."

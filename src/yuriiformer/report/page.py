@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup as safe
+from markupsafe import escape
 
 from ..files import write_text
 from . import plots
+from .tables import HEADERS, rows
 
 TEMPLATE = """<!doctype html>
 <html lang="en">
@@ -18,15 +21,15 @@ TEMPLATE = """<!doctype html>
 <link rel="icon" href="data:,">
 <title>{{ c.arms | map(attribute="name") | join(" · ") }} – YuriiFormer</title>
 <style>
-body { font: 16px/1.55 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem 1.2rem 4rem; color: #222; background: #fff; }
+body { font: 16px/1.55 system-ui, sans-serif; max-width: 66rem; margin: 0 auto; padding: 1rem 1.2rem 4rem; color: #222; background: #fff; }
 h1 { font-size: 1.7rem; margin: .6rem 0; } h2 { font-size: 1.2rem; margin: 2.4rem 0 .4rem; }
 p.say { color: #555; margin: .2rem 0 .6rem; }
 .verdict { background: #f3f6f9; border-left: 4px solid #0072B2; padding: .7rem 1rem; margin: .6rem 0; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .87rem; }
 th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums; }
-th { white-space: nowrap; vertical-align: bottom; } th:first-child, td:first-child { text-align: left; }
+th { vertical-align: bottom; } #numbers td { white-space: nowrap; } #numbers td:first-child { white-space: normal; } th:first-child, td:first-child { text-align: left; }
 .dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .4em; }
-figure { margin: .4rem 0 1.4rem; } svg { width: 100%; height: auto; }
+figure { margin: .4rem 0 1.4rem; max-width: 50rem; } svg { width: 100%; height: auto; }
 pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; white-space: pre-wrap; font-size: .83rem; }
 .prompt { color: #777; } footer { margin-top: 3rem; color: #777; font-size: .85rem; }
 </style>
@@ -39,17 +42,11 @@ the same batches in the same order for every arm. Baseline: <b>{{ c.baseline }}<
 <h2>Numbers</h2>
 <p class="say">Validation loss in nats per token, mean of the seeds, ± the standard deviation. Lower is better.</p>
 <div class="scroll"><table id="numbers">
-<tr><th>arm<th>parameters<th>training FLOPs<br>per token<th>tokens/s<th>steps<th>training<br>seconds<th>final loss<th>best loss<th>loss at {{ "%.0f" % c.equal_seconds }} s<th>against baseline<br>[95 % interval]<th>p (Holm)</tr>
-{% for arm in c.arms %}<tr><td><span class="dot" style="background:{{ color(loop.index0) }}"></span>{{ arm.name }}
-<td>{{ "{:,}".format(arm.parameters) }}<td>{{ "%.2f M" % (arm.flops_per_token / 1e6) }}<td>{{ "{:,.0f}".format(arm.tokens_per_second) }}
-<td>{{ arm.steps }}<td>{{ "%.0f" % mean(arm.seconds) }}
-<td><b>{{ "%.4f" % mean(arm.final_validation.values()) }}</b>{{ spread(arm.final_validation.values()) }}
-<td>{{ "%.4f" % mean(arm.best_validation.values()) }}<td>{{ "%.4f" % arm.validation_at_equal_seconds }}
-{% set t = arm.against_baseline %}<td>{% if t %}{{ "%+.4f" % t.mean_difference }}{% if t.low is not none %}<br>[{{ "%+.4f" % t.low }}, {{ "%+.4f" % t.high }}]{% endif %}{% else %}–{% endif %}
-<td>{{ "%.2g" % t.p_value_holm if t and t.p_value_holm is not none else "–" }}</tr>
+<tr>{% for header in headers %}<th>{{ header }}{% endfor %}<th>at {{ "%.0f" % c.equal_seconds }} s</tr>
+{% for cells in rows %}{% set arm = c.arms[loop.index0] %}{% set dot = color(loop.index0) %}<tr>{% for cell in cells %}<td>{% if loop.first %}<span class="dot" style="background:{{ dot }}"></span>{{ broken(cell) }}{% else %}{{ stacked(cell) }}{% endif %}{% endfor %}<td>{{ "%.4f" % arm.validation_at_equal_seconds }}</tr>
 {% endfor %}</table></div>
-<p class="say">“loss at {{ "%.0f" % c.equal_seconds }} s” reads each curve at the time the fastest arm ended; a slower arm is then still at a higher
-learning rate, so the column is unkind to it. A comparison with a budget in seconds is the fair one.</p>
+<p class="say">“at {{ "%.0f" % c.equal_seconds }} s” reads each curve at the time the fastest arm ended; a slower arm is then still at a higher
+learning rate, so this column is unkind to it. A comparison with a budget in seconds is the fair one.</p>
 
 <h2>Difference to the baseline</h2>
 <p class="say">Dots are seeds, the diamond is their mean, the bar the 95 % interval of a paired t-test. Left of zero is better.</p>
@@ -92,7 +89,6 @@ def write_page(comparison: dict[str, Any], path: Path) -> None:
     """Write `report.html`."""
     arms = comparison["arms"]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    safe = jinja2.utils.markupsafe.Markup
     html = environment.from_string(TEMPLATE).render(
         c=comparison,
         axes=plots.AXES,
@@ -100,22 +96,10 @@ def write_page(comparison: dict[str, Any], path: Path) -> None:
         differences=safe(plots.differences(arms, comparison["baseline"])),
         coefficients={arm["name"]: safe(plots.coefficients(arm)) for arm in arms if arm["coefficients"][0][0][0]},
         color=plots.color,
-        mean=mean,
-        spread=spread,
+        broken=lambda name: safe(str(escape(name)).replace(",", ",<wbr>")),
+        stacked=lambda cell: safe(str(escape(cell)).replace(" ±", "<br>±").replace(" [", "<br>[")),
+        headers=HEADERS,
+        rows=rows(comparison),
         recipe=json.dumps(comparison["training"], indent=1),
     )
     write_text(path, html)
-
-
-def mean(values: Any) -> float:
-    values = list(values)
-    return float(sum(values) / len(values))
-
-
-def spread(values: Any) -> str:
-    """± the standard deviation over seeds, empty with one."""
-    values = list(values)
-    if len(values) < 2:
-        return ""
-    centre = mean(values)
-    return f" ± {(sum((v - centre) ** 2 for v in values) / (len(values) - 1)) ** 0.5:.4f}"

@@ -32,6 +32,11 @@ def color(index: int) -> str:
     return COLORS[index % len(COLORS)]
 
 
+def _legend_above(axes: Axes, columns: int = 1) -> None:
+    """Where no curve can hide it, nor be hidden."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.02), borderaxespad=0, ncols=columns)
+
+
 def _svg(size: tuple[float, float], draw: Callable[[Figure], None]) -> str:
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=size)
@@ -64,9 +69,9 @@ def loss_curves(arms: list[dict[str, Any]], against: str) -> str:
         every = np.concatenate([np.ravel(arm["curves"]["validation"]) for arm in arms])
         lowest, top = every.min(), np.quantile(every, 0.9)  # the fall at the start would flatten the rest
         axes.set_ylim(lowest - 0.04 * (top - lowest), top)
-        axes.legend()
+        _legend_above(axes)
 
-    return _svg((7, 4.2), draw)
+    return _svg((7, 3.8 + 0.22 * len(arms)), draw)
 
 
 def _x(arm: dict[str, Any], tokens: list[float], seconds: list[float], against: str) -> np.ndarray:
@@ -87,13 +92,15 @@ def differences(arms: list[dict[str, Any]], baseline: str) -> str:
         others = [(i, arm) for i, arm in enumerate(arms) if arm["against_baseline"]]
         for row, (index, arm) in enumerate(others):
             test = arm["against_baseline"]
-            axes.plot(test["differences"], [row] * len(test["differences"]), "o", color=color(index), alpha=0.5, ms=5)
+            axes.plot(
+                test["differences"], [row + 0.2] * len(test["differences"]), "o", color=color(index), alpha=0.6, ms=5
+            )
             axes.plot(test["mean_difference"], row, "D", color=color(index), ms=8)
             if test["low"] is not None:
                 axes.plot([test["low"], test["high"]], [row, row], color=color(index), lw=2)
         axes.axvline(0, color="#444444", lw=1)
         axes.set_yticks(range(len(others)), [arm["name"].replace(",", ",\n") for _, arm in others])
-        axes.set_ylim(len(others) - 0.5, -0.5)
+        axes.set_ylim(len(others) - 0.4, -0.4)
         axes.set_xlabel(f"final validation loss minus {baseline}'s (nats)")
 
     return _svg((7, 1.2 + 0.7 * len(arms)), draw)
@@ -115,7 +122,7 @@ def coefficients(arm: dict[str, Any]) -> str:
                 axes.plot(depth, values.mean(0), color=color(index + 1), lw=2, marker="o", ms=4, label=name)
             axes.set_xlabel("layer")
             axes.set_xticks(depth)
-            axes.set_title(f"substep {substep + 1}" if substeps > 1 else "")
-        panels[0].legend()
+            axes.annotate(f"substep {substep + 1}", (0.98, 0.02), xycoords="axes fraction", ha="right", color="#777777")
+        _legend_above(panels[0], len(names))
 
     return _svg((7, 3.2), draw)

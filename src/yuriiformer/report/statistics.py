@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,3 +29,13 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
         largest = max(largest, min(1.0, p * (len(known) - rank)))
         adjusted[i] = largest
     return adjusted
+
+
+def mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
+
+
+def spread(values: Iterable[float]) -> str:
+    """± the standard deviation over seeds; empty with one."""
+    values = list(values)
+    return f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
