@@ -158,7 +158,7 @@ def _plan(
         "arms": {arm.name: as_dict(arm.config) for arm in arms},
         "seeds": list(seeds),
         "budget": dataclasses.asdict(budget),
-        "corpus_sha256": corpus.fingerprint,
+        "corpus": corpus.identity,
     }
     file = out / "plan.json"
     if file.is_file():

@@ -21,7 +21,12 @@ class Meter:
     def __init__(self, label: str, total: float | None) -> None:
         self.label, self.total = label, total
         self.done = self.before = 0.0
-        columns = (TextColumn("{task.description}"), BarColumn(None), TaskProgressColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(None),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+        )
         self._bar = Progress(*columns, console=console) if console.is_terminal else None
 
     def __enter__(self) -> Meter:
@@ -49,7 +54,7 @@ class Meter:
             self._bar.update(self._task, completed=self.done, description=f"{self.label} {text}".strip())
         elif time.monotonic() - self._printed > LINE_EVERY:
             self._printed = time.monotonic()
-            console.print(f"{self.label} {text}{self._left()}".strip(), soft_wrap=True)
+            console.print(f"{self.label} {text}{self._left()}".strip(), soft_wrap=True, markup=False)
 
     def _left(self) -> str:
         counted = self.done - self.before
@@ -59,4 +64,4 @@ class Meter:
         return f"  [{self.done / self.total:.0%}, {int(seconds) // 60}:{int(seconds) % 60:02d} left]"
 
     def line(self, text: str) -> None:
-        console.print(text, soft_wrap=True)
+        console.print(text, soft_wrap=True, markup=False)

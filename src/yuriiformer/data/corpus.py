@@ -60,9 +60,10 @@ class Corpus:
         return np.memmap(file, dtype=dtype, mode="r")
 
     @property
-    def fingerprint(self) -> str:
-        """What makes two corpora the same: their training tokens."""
-        return str(self.manifest["splits"]["train"]["sha256"])
+    def identity(self) -> dict[str, str]:
+        """Where it came from, and the checksum of its training tokens."""
+        sha = str(self.manifest["splits"]["train"]["sha256"])
+        return {"source": self.manifest["source"], "tokenizer": self.manifest["tokenizer"], "sha256": sha}
 
     @property
     def bytes_per_token(self) -> float:

@@ -111,21 +111,24 @@ def _read(path: Path, progress: Progress) -> Iterator[str]:
 def _split(raw: IO[bytes], path: Path) -> Iterator[str]:
     """Documents of a text file, cut at the end-of-text mark, or of a file of JSON lines."""
     lines = _format(path) == ".jsonl"
-    mark = b"\n" if lines else MARK
-    stream, rest, offset, number = _unpacked(raw, path), b"", 0, 0
-    while True:
-        chunk = stream.read(CHUNK)
-        *parts, rest = (rest + chunk).split(mark)
-        if not chunk:
-            parts, rest = [*parts, rest], b""
-        for part in parts:
-            number += 1
-            text = _decode(part, path, offset)
-            offset += len(part) + len(mark)
-            if text.strip():
-                yield _record(text, path, number) if lines else text.strip("\n") + "\n"
-        if not chunk:
-            return
+    for number, (offset, part) in enumerate(_parts(_unpacked(raw, path), b"\n" if lines else MARK), 1):
+        text = _decode(part, path, offset)
+        if text.strip():
+            yield _record(text, path, number) if lines else text.strip("\n") + "\n"
+
+
+def _parts(stream: IO[bytes], mark: bytes) -> Iterator[tuple[int, bytes]]:
+    """The bytes between marks, each with its offset; every byte is searched once."""
+    buffer, offset = bytearray(), 0
+    while chunk := stream.read(CHUNK):
+        searched = max(0, len(buffer) - len(mark) + 1)
+        buffer += chunk
+        while (at := buffer.find(mark, searched)) >= 0:
+            yield offset, bytes(buffer[:at])
+            del buffer[: at + len(mark)]
+            offset += at + len(mark)
+            searched = 0
+    yield offset, bytes(buffer)
 
 
 def _unpacked(raw: IO[bytes], path: Path) -> IO[bytes]:

@@ -47,8 +47,7 @@ def collect(out: Path) -> dict[str, Any]:
         "seeds": plan["seeds"],
         "budget": plan["budget"],
         "equal_seconds": equal_seconds,
-        "corpus": runs[names[0]][0]["corpus"],
-        "corpus_sha256": plan["corpus_sha256"],
+        "corpus": plan["corpus"],
         "machine": runs[names[0]][0]["env"],
         "training": next(iter(plan["arms"].values()))["training"],
         "command": plan["command"],
@@ -61,12 +60,10 @@ def collect(out: Path) -> dict[str, Any]:
 def _read_run(path: Path) -> dict[str, Any]:
     if not (path / "summary.json").is_file():
         raise UserError(f"{path} is not complete; run the comparison again to go on.")
-    config = read_json(path / "config.json")
     lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return {
         "summary": read_json(path / "summary.json"),
         "env": read_json(path / "env.json"),
-        "corpus": config["corpus"],
         "curve": [r for r in map(json.loads, lines) if "validation" in r],
     }
 

@@ -77,7 +77,7 @@ learning rate, so this column is unkind to it. A comparison with a budget in sec
 
 <h2>How to reproduce it</h2>
 <pre>{{ c.command }}</pre>
-<p class="say">Corpus sha256 {{ c.corpus_sha256[:16] }}…, on {{ c.machine.device }}, {{ c.machine.threads }} threads, torch {{ c.machine.torch }},
+<p class="say">Corpus {{ c.corpus.source }}, {{ c.corpus.tokenizer }}, sha256 {{ c.corpus.sha256[:16] }}…, on {{ c.machine.device }}, {{ c.machine.threads }} threads, torch {{ c.machine.torch }},
 Python {{ c.machine.python }}, {{ c.training.precision }}, {{ "compiled" if c.training.compile == "yes" else "eager" }}. YuriiFormer {{ c.machine.yuriiformer }}.</p>
 <details><summary>Recipe</summary><pre>{{ recipe }}</pre></details>
 <footer>Everything on this page is also in comparison.json beside it.</footer>

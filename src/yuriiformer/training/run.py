@@ -55,7 +55,7 @@ def definite(config: Config, corpus: Corpus) -> tuple[Config, str]:
         )
     corpus.batch_at(0, seed=training.seed, batch=1, context=model.context)  # raises when the context is too long
     corpus.validation_batches(sequences=1, batch=1, context=model.context)
-    return Config(corpus=str(corpus.path), model=checked(model), training=training), line
+    return Config(corpus=str(corpus.path.resolve()), model=checked(model), training=training), line
 
 
 class Run:
@@ -78,10 +78,11 @@ class Run:
             rule = Path(config.model.rule) if config.model.rule.endswith(".py") else None
             env = {
                 "yuriiformer": __version__,
-                "corpus_sha256": corpus.fingerprint,
+                "corpus": corpus.identity,
                 "rule_sha256": sha256(rule) if rule else None,
+                **describe(config.training.device),
             }
-            write_json(folder / "env.json", env | describe(config.training.device))
+            write_json(folder / "env.json", env)
             shutil.copy(corpus.path / TOKENIZER, folder / TOKENIZER)
             if rule:
                 shutil.copy(rule, folder / "rule.py")
@@ -109,7 +110,7 @@ class Run:
     def corpus(self) -> Corpus:
         """The corpus the run was made with. Raises UserError when it is another one now."""
         corpus = Corpus(Path(self.config.corpus))
-        if corpus.fingerprint != self.env["corpus_sha256"]:
+        if corpus.identity != self.env["corpus"]:
             raise UserError(f"corpus {corpus.path} is not the one {self.path} was trained on (its sha256 differs).")
         return corpus
 
