@@ -9,6 +9,7 @@ import dataclasses
 import math
 import re
 import shutil
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from .config import Config, ModelConfig, TrainingConfig, as_dict, flat_keys, override
 from .data.corpus import Corpus
-from .errors import UserError, unknown
+from .errors import Interrupted, UserError, unknown
 from .files import read_json, write_json
 from .model import flops_per_token
 from .presets import SCALED, SECOND_TABLE, ZERO_START
@@ -25,7 +26,8 @@ from .rule import find_rule
 from .training.loop import Stop, train
 from .training.run import Run, definite
 
-CALIBRATION_STEPS = 40
+CALIBRATION_STEPS, CALIBRATION_ROUNDS = 40, 3
+CALIBRATION = "calibration"  # a folder for short runs that are thrown away
 
 
 @dataclass(frozen=True)
@@ -169,25 +171,27 @@ def _plan(
                     f"{out} holds a comparison with another {key}; go on with the same command, or choose another --out."
                 )
         return {name: int(steps) for name, steps in plan["steps"].items()}
-    if out.exists() and any(p.name != "corpus" for p in out.iterdir()):
+    if out.exists() and any(p.name not in ("corpus", CALIBRATION) for p in out.iterdir()):
         raise UserError(f"{out} is not empty and holds no comparison; choose another --out.")
     out.mkdir(parents=True, exist_ok=True)
-    steps = {arm.name: _steps(arm, budget, corpus, out, stop) for arm in arms}
+    steps = _steps(arms, budget, corpus, out, stop)
     slugs = {arm.name: arm.slug for arm in arms}
     write_json(file, wanted | {"steps": steps, "slugs": slugs, "command": command})
     return steps
 
 
-def _steps(arm: Arm, budget: Budget, corpus: Corpus, out: Path, stop: Stop) -> int:
-    training = arm.config.training
-    tokens = budget.amount
-    if budget.kind == "flops":
-        tokens = budget.amount / _training_flops(arm.config)
-    elif budget.kind == "seconds":
-        tokens = budget.amount * _speed(arm, corpus, out, stop)
-    steps = round(tokens / (training.batch * arm.config.model.context))
-    if steps < 1:
-        raise UserError(f"a budget of {budget.amount:g} {budget.kind} is less than one step of arm {arm.name!r}.")
+def _steps(arms: Sequence[Arm], budget: Budget, corpus: Corpus, out: Path, stop: Stop) -> dict[str, int]:
+    match budget.kind:
+        case "tokens":
+            tokens = {arm.name: budget.amount for arm in arms}
+        case "flops":
+            tokens = {arm.name: budget.amount / _training_flops(arm.config) for arm in arms}
+        case _:
+            tokens = {name: budget.amount * speed for name, speed in _speeds(arms, corpus, out, stop).items()}
+    steps = {a.name: round(tokens[a.name] / (a.config.training.batch * a.config.model.context)) for a in arms}
+    for name, count in steps.items():
+        if count < 1:
+            raise UserError(f"a budget of {budget.amount:g} {budget.kind} is less than one step of arm {name!r}.")
     return steps
 
 
@@ -196,16 +200,19 @@ def _training_flops(config: Config) -> int:
     return 3 * sum(flops_per_token(config.model).values())
 
 
-def _speed(arm: Arm, corpus: Corpus, out: Path, stop: Stop) -> float:
-    """Tokens per second, from a short run that is thrown away."""
-    path = out / "calibration"
-    short = {
-        "training.steps": CALIBRATION_STEPS,
-        "training.evaluate_every": CALIBRATION_STEPS,
-        "training.evaluate_sequences": 1,
-    }
-    shutil.rmtree(path, ignore_errors=True)
+def _speeds(arms: Sequence[Arm], corpus: Corpus, out: Path, stop: Stop) -> dict[str, float]:
+    """Tokens per second of each arm: the median of short runs that take turns."""
+    path = out / CALIBRATION
+    changes = {"steps": CALIBRATION_STEPS, "evaluate_every": CALIBRATION_STEPS, "evaluate_sequences": 1}
+    measured: dict[str, list[float]] = {arm.name: [] for arm in arms}
     try:
-        return float(train(Run.create(path, override(arm.config, short), corpus), stop)["tokens_per_second"])
+        for _ in range(CALIBRATION_ROUNDS):
+            for arm in arms:
+                shutil.rmtree(path, ignore_errors=True)
+                short = override(arm.config, {f"training.{key}": value for key, value in changes.items()})
+                measured[arm.name].append(train(Run.create(path, short, corpus), stop)["tokens_per_second"])
+    except Interrupted:
+        raise Interrupted("stopped while the arms' speeds were measured; the same command starts again.") from None
     finally:
         shutil.rmtree(path, ignore_errors=True)
+    return {name: statistics.median(speeds) for name, speeds in measured.items()}

@@ -51,7 +51,7 @@ def collect(out: Path) -> dict[str, Any]:
         "machine": runs[names[0]][0]["env"],
         "training": next(iter(plan["arms"].values()))["training"],
         "command": plan["command"],
-        "verdict": [_verdict(arm, names[0]) for arm in arms[1:]],
+        "verdict": [_verdict(arm, names[0]) for arm in arms[1:]] + _against_equal_parameters(arms, pairs),
         "arms": arms,
         "pairs": pairs,
     }
@@ -93,6 +93,22 @@ def _arm(name: str, config: dict[str, Any], runs: dict[int, dict[str, Any]]) -> 
         "coefficients": [s["coefficients"] for s in summaries.values()],
         "sample": first["sample"],
     }
+
+
+def _against_equal_parameters(arms: list[dict[str, Any]], pairs: list[dict[str, Any]]) -> list[str]:
+    """Momentum from its own tables beside the baseline that has such tables, too: what momentum is worth without them."""
+    control = [arm["name"] for arm in arms if arm["second_table"] and arm["start"] is None]
+    own = [arm["name"] for arm in arms if arm["start"] == "own" and not arm["second_table"]]
+    texts = []
+    for pair in pairs:
+        for sign, a, b in ((1, pair["arm"], pair["against"]), (-1, pair["against"], pair["arm"])):
+            if a in own and b in control:
+                text = f"Beside {b}, which has as many input tables: {a} {sign * pair['mean_difference']:+.4f} nats"
+                if pair["low"] is not None:
+                    low, high = sorted((sign * pair["low"], sign * pair["high"]))
+                    text += f" (95 % interval {low:+.4f} to {high:+.4f}, p = {pair['p_value']:.2g})"
+                texts.append(text + ".")
+    return texts
 
 
 def _verdict(arm: dict[str, Any], baseline: str) -> str:

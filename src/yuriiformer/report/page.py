@@ -28,7 +28,6 @@ p.say { color: #555; margin: .2rem 0 .6rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .87rem; }
 th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums; }
 th { vertical-align: bottom; } #numbers td { white-space: nowrap; } #numbers td:first-child { white-space: normal; } th:first-child, td:first-child { text-align: left; }
-.dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .4em; }
 figure { margin: .4rem 0 1.4rem; max-width: 50rem; } svg { width: 100%; height: auto; }
 pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; white-space: pre-wrap; font-size: .83rem; }
 .prompt { color: #777; } footer { margin-top: 3rem; color: #777; font-size: .85rem; }
@@ -42,10 +41,10 @@ the same batches in the same order for every arm. Baseline: <b>{{ c.baseline }}<
 <h2>Numbers</h2>
 <p class="say">Validation loss in nats per token, mean of the seeds, ± the standard deviation. Lower is better.</p>
 <div class="scroll"><table id="numbers">
-<tr>{% for header in headers %}<th>{{ header }}{% endfor %}<th>at {{ "%.0f" % c.equal_seconds }} s</tr>
-{% for cells in rows %}{% set arm = c.arms[loop.index0] %}{% set dot = color(loop.index0) %}<tr>{% for cell in cells %}<td>{% if loop.first %}<span class="dot" style="background:{{ dot }}"></span>{{ broken(cell) }}{% else %}{{ stacked(cell) }}{% endif %}{% endfor %}<td>{{ "%.4f" % arm.validation_at_equal_seconds }}</tr>
+<tr>{% for header in headers %}<th>{{ header }}{% endfor %}<th>loss at<br>{{ "%.0f" % c.equal_seconds }} s</tr>
+{% for cells in rows %}{% set arm = c.arms[loop.index0] %}{% set dot = color(loop.index0) %}<tr>{% for cell in cells %}{% if loop.first %}<td style="border-left: 5px solid {{ dot }}">{{ broken(cell) }}{% else %}<td>{{ stacked(cell) }}{% endif %}{% endfor %}<td>{{ "%.4f" % arm.validation_at_equal_seconds }}</tr>
 {% endfor %}</table></div>
-<p class="say">“at {{ "%.0f" % c.equal_seconds }} s” reads each curve at the time the fastest arm ended; a slower arm is then still at a higher
+<p class="say">“loss at {{ "%.0f" % c.equal_seconds }} s” reads each curve at the time the fastest arm ended; a slower arm is then still at a higher
 learning rate, so this column is unkind to it. A comparison with a budget in seconds is the fair one.</p>
 
 <h2>Difference to the baseline</h2>
