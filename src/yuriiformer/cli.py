@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__, presets
 from .config import Config, flat_keys, load, override
-from .errors import UserError
+from .errors import Interrupted, UserError
 
 if TYPE_CHECKING:
     from .data.corpus import Corpus
@@ -31,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         options = _parser().parse_args(arguments)
+        options.command = shlex.join(["yuriiformer", *(sys.argv[1:] if arguments is None else arguments)])
         options.run(options)
         return 0
     except UserError as error:
@@ -85,7 +89,7 @@ def _parser() -> Parser:
     )
 
     sub = command("train", _train, "train one arm", f"{presets.ARM_HELP}\n\n{_keys()}")
-    sub.add_argument("arm", nargs="?", metavar="ARM", default=presets.DEMO_ARMS[-1])
+    sub.add_argument("arm", nargs="?", metavar="ARM", help=f"default: {presets.DEMO_ARMS[-1]}")
     sub.add_argument("--out", type=Path, metavar="DIR", help="the new run directory")
     sub.add_argument("--resume", type=Path, metavar="DIR", help="go on with a run")
     sub.add_argument("--rule", metavar="NAME|FILE.py", help="the same as naming it as ARM")
@@ -135,7 +139,6 @@ def _parser() -> Parser:
 def _recipe_arguments(sub: Parser) -> None:
     sub.add_argument(
         "--corpus",
-        default="stdlib",
         metavar="DIR|SOURCE",
         help="a prepared corpus, or a source to prepare; default stdlib",
     )
@@ -174,18 +177,21 @@ def _base(options: argparse.Namespace) -> Config:
     return override(config, assignments)
 
 
-def _corpus(source: str, beside: Path) -> Corpus:
+def _corpus(source: str | None, beside: Path) -> Corpus:
     """A corpus by its directory, or prepared once from a source into a folder beside what is made with it."""
     from .data.corpus import MANIFEST, Corpus
+    from .data.sources import Source
+
+    source = source or "stdlib"
 
     if (Path(source) / MANIFEST).is_file():
         return Corpus(Path(source))
     made = beside / "corpus"
     if made.exists():
         corpus = Corpus(made)
-        if corpus.manifest["source"] != source:
+        if (corpus.manifest["source"], corpus.manifest["source_bytes"]) != (source, Source(source).size):
             raise UserError(
-                f"{made} was prepared from {corpus.manifest['source']!r}, not {source!r}; choose another --out."
+                f"{made} was prepared from another {source!r} ({corpus.manifest['source']}); choose another --out."
             )
         return corpus
     return _prepared(source, made, "bpe:1024", None, 0.05, None)
@@ -236,6 +242,8 @@ def _compare(options: argparse.Namespace) -> None:
     from .training.loop import Stop
 
     training = base.training
+    if given and not 0 < given[0][1] < math.inf:
+        raise UserError(f"--{given[0][0]} must be a positive number; got {given[0][1]:g}.")
     kind, amount = given[0] if given else ("tokens", training.steps * training.batch * base.model.context)
     missing = controls(names)
     if options.controls:
@@ -243,8 +251,8 @@ def _compare(options: argparse.Namespace) -> None:
     arms = [parse_arm(name, base) for name in names]
     seeds = range(training.seed, training.seed + options.seeds)
     corpus = _corpus(options.corpus, options.out)
-    with Stop().on_signals() as stop:
-        compare(arms, seeds, Budget(kind, amount), corpus, options.out, _command(), stop)
+    with Stop().on_signals() as stop, _go_on("The same command goes on."):
+        compare(arms, seeds, Budget(kind, amount), corpus, options.out, options.command, stop)
 
     from .report.page import write_page
     from .report.tables import markdown, show
@@ -261,8 +269,13 @@ def _compare(options: argparse.Namespace) -> None:
         print(json.dumps(comparison))
 
 
-def _command() -> str:
-    return shlex.join(["yuriiformer", *sys.argv[1:]])
+@contextmanager
+def _go_on(how: str) -> Iterator[None]:
+    """Tell who stops a command how to go on with it."""
+    try:
+        yield
+    except Interrupted as stopped:
+        raise Interrupted(f"{stopped} {how}") from None
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -276,9 +289,12 @@ def _train(options: argparse.Namespace) -> None:
     from .training.run import Run, definite
 
     if options.resume:
+        given = [n for n in ("arm", "rule", "splitting", "corpus", "config", "set") if getattr(options, n)]
+        if given:
+            raise UserError(f"a resumed run keeps its own {given[0]}; leave it out, or start a new run with --out.")
         run, line = Run(options.resume), f"going on with {options.resume}"
     else:
-        head, comma, rest = options.arm.partition(",")
+        head, comma, rest = (options.arm or presets.DEMO_ARMS[-1]).partition(",")
         rule, _, splitting = head.partition(":")
         text = f"{options.rule or rule}:{options.splitting or splitting or 'auto'}{comma}{rest}"
         arm = parse_arm(text, _base(options))
@@ -287,7 +303,8 @@ def _train(options: argparse.Namespace) -> None:
         run = Run.create(options.out, config, corpus)
     with Stop().on_signals() as stop, Meter("training", run.config.training.steps) as meter:
         meter.line(line)
-        train_with_meter(run, meter, run.config.model.rule, 1, stop)
+        with _go_on(f"Go on with: yuriiformer train --resume {run.path}"):
+            train_with_meter(run, meter, run.config.model.rule, 1, stop)
         meter.line(f"Generate with: yuriiformer generate {run.path} --prompt '...'")
 
 

@@ -6,7 +6,7 @@ Every run is an ordinary run directory under OUT/runs, so a killed comparison go
 from __future__ import annotations
 
 import dataclasses
-import math
+import json
 import re
 import shutil
 import statistics
@@ -15,18 +15,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import Config, ModelConfig, TrainingConfig, as_dict, flat_keys, override
+from .config import Config, ModelConfig, TrainingConfig, as_dict, flat_keys, override, parse
 from .data.corpus import Corpus
-from .errors import Interrupted, UserError, unknown
-from .files import read_json, write_json
-from .model import flops_per_token
+from .errors import UserError, unknown
+from .files import lock, read_json, write_json
+from .model import training_flops_per_token
 from .presets import SCALED, SECOND_TABLE, ZERO_START
 from .progress import Meter
 from .rule import find_rule
-from .training.loop import Stop, train
+from .training.loop import Diverged, Stop, train
 from .training.run import Run, definite
 
 CALIBRATION_STEPS, CALIBRATION_ROUNDS = 40, 3
+# What all arms of a comparison share: another batch or precision in one arm would not be a paired comparison.
+SHARED = {
+    "steps", "batch", "micro_batch", "seed", "evaluate_every", "evaluate_sequences", "checkpoint_every", "keep",
+    "device", "precision", "compile", "context", "vocabulary",
+}  # fmt: skip
+DIVERGED = "diverged.json"
 CALIBRATION = "calibration"  # a folder for short runs that are thrown away
 
 
@@ -65,14 +71,17 @@ def parse_arm(text: str, base: Config) -> Arm:
         key, equals, value = assignment.partition("=")
         if not equals:
             raise UserError(f"arm {text!r}: {assignment!r} must be KEY=VALUE.")
+        if key in SHARED:
+            section = "model" if key in flat_keys(ModelConfig) else "training"
+            raise UserError(f"arm {text!r}: {key} is the same for all arms; give it as --set {section}.{key}={value}")
         if key in flat_keys(ModelConfig):
             changes[f"model.{key}"] = value
         elif key in flat_keys(TrainingConfig):
             changes[f"training.{key}"] = value
         elif key in rule.options:
-            options[key] = type(rule.options[key][0])(value) if value.lstrip("-").isalnum() else value
+            options[key] = parse(value, type(rule.options[key][0]))
         elif key in rule.coefficients:
-            values[key] = float(value) if _is_number(value) else math.nan
+            values[key] = parse(value, float)
         else:
             known = {*flat_keys(ModelConfig), *flat_keys(TrainingConfig), *rule.options, *rule.coefficients}
             raise unknown(f"arm {text!r}: key", key, known)
@@ -81,21 +90,15 @@ def parse_arm(text: str, base: Config) -> Arm:
     return Arm(text, override(base, changes))
 
 
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
-
-
 def controls(names: Sequence[str]) -> list[str]:
     """The honest controls that a comparison of these arms lacks: the baseline with momentum's parameters, and each
     momentum arm with no parameters more, beside the baseline with the same scale (see `presets`)."""
     baseline, *others = names
+    scaled = baseline if SCALED in baseline else f"{baseline},{SCALED}"
     momentum = [
         name for name in others if len(find_rule(re.split("[:,]", name)[0]).streams) > 1 and ZERO_START not in name
     ]
-    wanted = [f"{baseline},{SECOND_TABLE}", f"{baseline},{SCALED}", *(f"{n},{ZERO_START},{SCALED}" for n in momentum)]
+    wanted = [f"{baseline},{SECOND_TABLE}", scaled, *(f"{n},{ZERO_START},{SCALED}" for n in momentum)]
     return [name for name in wanted if name not in names] if momentum else []
 
 
@@ -106,26 +109,41 @@ def compare(
 
     Raises UserError when `out` holds another comparison, Interrupted (everything saved) when asked to stop.
     """
-    if len({arm.slug for arm in arms}) < len(arms):
-        raise UserError("two arms are the same; name each once.")
     with Meter("comparing", None) as meter:
         made = [(arm, *definite(arm.config, corpus)) for arm in arms]
         meter.line(f"{len(arms)} arms x {len(seeds)} seeds on {made[0][2]}")
         arms = [dataclasses.replace(arm, config=config) for arm, config, _ in made]
+        for i, arm in enumerate(arms):
+            if same := [other.name for other in arms[:i] if other.config == arm.config or other.slug == arm.slug]:
+                raise UserError(f"arms {same[0]!r} and {arm.name!r} are the same; name each once.")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; choose another --out.")
+    out.mkdir(parents=True, exist_ok=True)
+    with lock(out, "comparison"):
         steps = _plan(arms, seeds, budget, corpus, out, command, stop)
+        _run(arms, seeds, steps, corpus, out, stop)
 
+
+def _run(
+    arms: Sequence[Arm], seeds: Sequence[int], steps: dict[str, int], corpus: Corpus, out: Path, stop: Stop
+) -> None:
+    """Train what is missing, seed by seed, so that an early look has every arm."""
     runs = [(seed, arm) for seed in seeds for arm in arms]
-    cost = {arm.name: steps[arm.name] * _training_flops(arm.config) for arm in arms}
+    cost = {arm.name: steps[arm.name] * training_flops_per_token(arm.config.model) for arm in arms}
     with Meter("comparing", float(sum(cost[arm.name] for _, arm in runs))) as meter:
         for number, (seed, arm) in enumerate(runs, 1):
             label = f"[{number}/{len(runs)}] {arm.name}, seed {seed}"
             path = out / "runs" / f"{arm.slug}-seed{seed}"
             config = override(arm.config, {"training.seed": seed, "training.steps": steps[arm.name]})
             run = Run(path) if path.exists() else Run.create(path, config, corpus)
-            if run.complete:
+            if run.complete or (path / DIVERGED).is_file():
                 meter.skip(cost[arm.name])
                 continue
-            train_with_meter(run, meter, label, cost[arm.name] / config.training.steps, stop)
+            try:
+                train_with_meter(run, meter, label, cost[arm.name] / config.training.steps, stop)
+            except Diverged as error:  # a result, too: the other arms go on
+                write_json(path / DIVERGED, {"message": str(error)})
+                meter.line(str(error))
 
 
 def train_with_meter(run: Run, meter: Meter, label: str, work_per_step: float, stop: Stop) -> None:
@@ -161,19 +179,19 @@ def _plan(
         "seeds": list(seeds),
         "budget": dataclasses.asdict(budget),
         "corpus": corpus.identity,
+        "rules": {arm.name: find_rule(arm.config.model.rule).sha256 for arm in arms},
     }
     file = out / "plan.json"
     if file.is_file():
         plan = read_json(file)
         for key, value in wanted.items():
-            if plan.get(key) != value:
+            if json.dumps(plan.get(key)) != json.dumps(value):  # the order of the arms counts
                 raise UserError(
                     f"{out} holds a comparison with another {key}; go on with the same command, or choose another --out."
                 )
         return {name: int(steps) for name, steps in plan["steps"].items()}
-    if out.exists() and any(p.name not in ("corpus", CALIBRATION) for p in out.iterdir()):
+    if any(p.name not in ("corpus", CALIBRATION, ".lock") for p in out.iterdir()):
         raise UserError(f"{out} is not empty and holds no comparison; choose another --out.")
-    out.mkdir(parents=True, exist_ok=True)
     steps = _steps(arms, budget, corpus, out, stop)
     slugs = {arm.name: arm.slug for arm in arms}
     write_json(file, wanted | {"steps": steps, "slugs": slugs, "command": command})
@@ -185,7 +203,7 @@ def _steps(arms: Sequence[Arm], budget: Budget, corpus: Corpus, out: Path, stop:
         case "tokens":
             tokens = {arm.name: budget.amount for arm in arms}
         case "flops":
-            tokens = {arm.name: budget.amount / _training_flops(arm.config) for arm in arms}
+            tokens = {arm.name: budget.amount / training_flops_per_token(arm.config.model) for arm in arms}
         case _:
             tokens = {name: budget.amount * speed for name, speed in _speeds(arms, corpus, out, stop).items()}
     steps = {a.name: round(tokens[a.name] / (a.config.training.batch * a.config.model.context)) for a in arms}
@@ -193,11 +211,6 @@ def _steps(arms: Sequence[Arm], budget: Budget, corpus: Corpus, out: Path, stop:
         if count < 1:
             raise UserError(f"a budget of {budget.amount:g} {budget.kind} is less than one step of arm {name!r}.")
     return steps
-
-
-def _training_flops(config: Config) -> int:
-    """Per token: the forward pass and twice that for the backward."""
-    return 3 * sum(flops_per_token(config.model).values())
 
 
 def _speeds(arms: Sequence[Arm], corpus: Corpus, out: Path, stop: Stop) -> dict[str, float]:
@@ -211,8 +224,6 @@ def _speeds(arms: Sequence[Arm], corpus: Corpus, out: Path, stop: Stop) -> dict[
                 shutil.rmtree(path, ignore_errors=True)
                 short = override(arm.config, {f"training.{key}": value for key, value in changes.items()})
                 measured[arm.name].append(train(Run.create(path, short, corpus), stop)["tokens_per_second"])
-    except Interrupted:
-        raise Interrupted("stopped while the arms' speeds were measured; the same command starts again.") from None
     finally:
         shutil.rmtree(path, ignore_errors=True)
     return {name: statistics.median(speeds) for name, speeds in measured.items()}

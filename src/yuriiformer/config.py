@@ -90,6 +90,8 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
 
     Raises UserError naming the dotted key.
     """
+    if not isinstance(data, Mapping):
+        raise UserError(f"config key {where.rstrip('.')} is a section of keys; got {data!r}.")
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in data.items():
@@ -167,7 +169,7 @@ def load(path: Path, base: Config) -> Config:
         data = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except FileNotFoundError:
         raise UserError(f"config file {str(path)!r} does not exist.") from None
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"config file {str(path)!r} cannot be read: {error}") from None
     merged = as_dict(base)
     for key, value in data.items():

@@ -26,10 +26,26 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"no space left to write {path}: {error.strerror}. Free some and run it again."
             ) from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise EnvironmentFault(f"cannot write {path}: {error.strerror}.") from None
+            raise EnvironmentFault(f"{error.filename or path}: {error.strerror}.") from None
         if error.errno in (errno.EEXIST, errno.ENOTDIR):
             raise UserError(f"cannot write {path}: a file is in the way.") from None
         raise
+
+
+@contextmanager
+def lock(folder: Path, what: str) -> Iterator[None]:
+    """Hold a folder against a second process. A kill frees it, so a lock is never stale."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock; two processes are then the user's care
+        yield
+        return
+    with disk_errors(folder), (folder / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{what} {folder} is in use by another process.") from None
+        yield
 
 
 def sync(path: Path) -> None:

@@ -261,6 +261,11 @@ def flops_per_token(config: ModelConfig) -> dict[str, int]:
     }
 
 
+def training_flops_per_token(config: ModelConfig) -> int:
+    """The forward pass, and twice that for the backward."""
+    return 3 * sum(flops_per_token(config).values())
+
+
 def checked(config: ModelConfig) -> ModelConfig:
     """The config with its splitting by name. Raises UserError when no model has it."""
     rule = find_rule(config.rule)

@@ -6,7 +6,7 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 LINE_EVERY = 10.0  # seconds
 
@@ -21,12 +21,7 @@ class Meter:
     def __init__(self, label: str, total: float | None) -> None:
         self.label, self.total = label, total
         self.done = self.before = 0.0
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(None),
-            TaskProgressColumn(),
-            TimeRemainingColumn(),
-        )
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(20))
         self._bar = Progress(*columns, console=console) if console.is_terminal else None
 
     def __enter__(self) -> Meter:
@@ -51,7 +46,7 @@ class Meter:
         """Add work done."""
         self.done += amount
         if self._bar:
-            self._bar.update(self._task, completed=self.done, description=f"{self.label} {text}".strip())
+            self._bar.update(self._task, completed=self.done, description=f"{self.label} {text}{self._left()}".strip())
         elif time.monotonic() - self._printed > LINE_EVERY:
             self._printed = time.monotonic()
             console.print(f"{self.label} {text}{self._left()}".strip(), soft_wrap=True, markup=False)

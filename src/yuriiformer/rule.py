@@ -6,6 +6,7 @@ whether it normalises, which coefficients are learned and in which range. Nothin
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -14,7 +15,8 @@ import pkgutil
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -38,7 +40,7 @@ class Range:
     def holds(self, coefficient: Any) -> bool:
         try:
             return math.isfinite(self.raw(coefficient))
-        except (TypeError, ValueError, ZeroDivisionError):
+        except (TypeError, ValueError, ArithmeticError):
             return False
 
 
@@ -78,6 +80,7 @@ class Rule:
     source: str
     reduces_to: Mapping[str, Mapping[str, float]]
     readout: tuple[str, ...]  # the streams whose sum the head reads
+    sha256: str  # of the file it stands in
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.step(*args, **kwargs)
@@ -104,15 +107,15 @@ class Rule:
         stream = torch.ones(1, 2, 4)
         norm = [lambda v: v] if self.normed else []
         values = {name: c.default for name, c in self.coefficients.items()} | dict(options)
-        try:
+        with _located(self.step.__code__.co_filename):
             out = self.step(*[stream] * len(self.streams), *map(counting, self.oracles), *norm, **values)
-        except Exception as error:
-            raise _located(error, self.step.__code__.co_filename) from None
         if len(as_streams(out)) != len(self.streams):
             raise UserError(
                 f"rule {self.name!r} returns {len(as_streams(out))} streams; its signature takes "
                 f"{len(self.streams)} ({', '.join(self.streams)}). Return as many as it takes."
             )
+        if idle := [name for name, n in count.items() if n == 0]:
+            raise UserError(f"rule {self.name!r} never asks its oracle {idle[0]!r}.")
         return count
 
 
@@ -174,7 +177,7 @@ def rule(
             raise UserError(f"{where}: readout {readout} must name its streams {streams}.")
         return Rule(
             step.__name__, step, streams, oracles, bool(names["norm"]), coefficients, options,
-            source, reduces_to or {}, readout,
+            source, reduces_to or {}, readout, hashlib.sha256(Path(code.co_filename).read_bytes()).hexdigest(),
         )  # fmt: skip
 
     return decorate
@@ -184,43 +187,54 @@ def rule(
 def all_rules() -> dict[str, Rule]:
     """Every rule in the package, found by walking `rules/`."""
     package = importlib.import_module("yuriiformer.rules")
-    modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
-    return {r.name: r for module in modules for r in vars(module).values() if isinstance(r, Rule)}
+    found: dict[str, Rule] = {}
+    for info in pkgutil.iter_modules(package.__path__):
+        path = str(Path(package.__path__[0], f"{info.name}.py"))
+        with _located(path):
+            module = importlib.import_module(f"{package.__name__}.{info.name}")
+        found |= {r.name: r for r in vars(module).values() if isinstance(r, Rule)}
+    return found
 
 
 def find_rule(name: str) -> Rule:
     """A rule by its name, or from a file outside the package when the name ends in `.py`."""
     if name.endswith(".py"):
-        return _from_file(Path(name))
+        path = Path(name)
+        if not path.is_file():
+            raise UserError(f"rule file {name!r} does not exist.")
+        return _from_file(path, path.read_bytes())
     try:
         return all_rules()[name]
     except KeyError:
         raise unknown("rule", name, all_rules()) from None
 
 
-def _from_file(path: Path) -> Rule:
-    if not path.is_file():
-        raise UserError(f"rule file {str(path)!r} does not exist.")
-    spec = importlib.util.spec_from_file_location(f"yuriiformer_rule_{path.stem}", path)
+@cache
+def _from_file(path: Path, content: bytes) -> Rule:
+    """The rule of a file; one object as long as the content is the same, so that all its runs share what is compiled."""
+    name = f"yuriiformer_rule_{path.stem}_{hashlib.sha256(content).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    try:
+    with _located(str(path)):
         sys.modules[spec.name] = module  # torch.compile looks functions up by their module
         spec.loader.exec_module(module)
-    except UserError:
-        raise
-    except SyntaxError as error:
-        raise UserError(f"{path}, line {error.lineno}: {error.msg}") from None
-    except Exception as error:
-        raise _located(error, str(path)) from None
     found = [value for value in vars(module).values() if isinstance(value, Rule)]
     if len(found) != 1:
         raise UserError(f"{path} defines {len(found)} rules; a rule file defines exactly one, with @rule.")
     return found[0]
 
 
-def _located(error: Exception, path: str) -> UserError:
-    """What went wrong in a rule file, and in which line."""
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
-    return UserError(f"{path}, line {lines[-1] if lines else 1}: {type(error).__name__}: {error}")
+@contextmanager
+def _located(path: str) -> Iterator[None]:
+    """What goes wrong in a rule file becomes one line that names the file and the line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except SyntaxError as error:
+        raise UserError(f"{path}, line {error.lineno}: {error.msg}") from None
+    except Exception as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        raise UserError(f"{path}, line {lines[-1] if lines else 1}: {type(error).__name__}: {error}") from None

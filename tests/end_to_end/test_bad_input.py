@@ -1,5 +1,6 @@
 """Wrong input: one clear line on standard error, the right exit code, no traceback, nothing half-written."""
 
+import gzip
 import json
 import os
 import resource
@@ -72,6 +73,7 @@ def test_rule_file(train, tmp_path):
     assert "oracles are ('a',)" in wrong("x: Stream, a: Oracle")
     assert "returns 1 streams; its signature takes 2" in wrong("x: Stream, v: Velocity, oracle: Oracle", "return x")
     assert f"{path}, line 5: NameError" in wrong(body="return x + y")
+    assert "never asks its oracle 'mlp'" in wrong("x: Stream, attn: Oracle, mlp: Oracle", "return x + attn(x)")
     path.write_text("import nothing_like_this\n")
     assert f"{path}, line 1: ModuleNotFoundError" in train("--rule", path)
     path.write_text("x = 1\n")
@@ -89,8 +91,16 @@ def test_config(train):
     assert "coefficient mu of rule 'nesterov' must be in (0, 1); got 2.0" in train("nesterov,mu=2")
     assert "option k of rule 'imex' must be one of (1, 2); got 3" in train("imex,k=3")
     assert "did you mean 'width'" in train("nesterov,widht=8")
-    assert "micro_batch must divide" in train("nesterov,micro_batch=3")
+    assert "micro_batch must divide" in train("--set", "training.micro_batch=3")
     assert "KEY=VALUE" in train("nesterov,second_table")
+    assert "option k of rule 'imex' must be one of (1, 2); got 'two'" in train("imex,k=two")
+    assert "must be in (0, inf); got -1000" in train("nesterov,gamma=-1000")
+    assert "must be in (0, 1); got 'half'" in train("nesterov,mu=half")
+    assert "give it as --set training.batch=8" in train("nesterov,batch=8")
+    assert "model.context must be at least 1" in train("--set", "model.context=0")
+    assert "training.seed must not be negative" in train("--set", "training.seed=-1")
+    assert "training.adamw_lr must not be negative" in train("nesterov,adamw_lr=-1")
+    assert "config key model is a section" in train("--set", "model=3")
 
 
 def test_config_file(train, tmp_path):
@@ -99,6 +109,9 @@ def test_config_file(train, tmp_path):
     assert "did you mean 'model.width'" in train("--config", file)
     file.write_text("[model\n")
     assert "cannot be read" in train("--config", file)
+    assert "cannot be read" in train("--config", tmp_path)
+    file.write_text("model = 3\n")
+    assert "config key model is a section" in train("--config", file)
 
 
 @pytest.mark.parametrize(
@@ -124,20 +137,27 @@ def test_other_sources(fails, tmp_path, text):
     assert 'x.jsonl, line 2: each line must be a JSON object with a "text" field' in fails(
         "prepare", "x.jsonl", "--out", "c"
     )
-    (tmp_path / "x.txt.xz").write_bytes(b"not xz at all")
-    assert "cannot be unpacked" in fails("prepare", "x.txt.xz", "--out", "c")
+    for name in ("x.txt.xz", "x.txt.gz", "x.txt.bz2", "x.txt.zst"):
+        (tmp_path / name).write_bytes(b"not packed at all, by any of them")
+        assert "cannot be unpacked" in fails("prepare", name, "--out", "c")
+    (tmp_path / "y.txt.gz").write_bytes(gzip.compress(b"text" * 1000)[:-20])
+    assert "cannot be unpacked" in fails("prepare", "y.txt.gz", "--out", "c")
     assert "Allowed: bytes, bpe:SIZE" in fails("prepare", text, "--out", "c", "--tokenizer", "bpe:20")
     assert "holds no file *encoder.json" in fails("prepare", text, "--out", "c", "--tokenizer", f"gpt2:{tmp_path}")
     (tmp_path / "c").mkdir()
     assert "exists already" in fails("prepare", text, "--out", "c")
 
 
-def test_no_network(fails, monkeypatch):
+def test_no_network(cli, tmp_path):
     pytest.importorskip("datasets", reason="extra: data")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    line = fails("prepare", "tinystories", "--out", "c", code=3)
-    for way in ("no network, or offline mode", "local .txt", "HF_HOME", "stdlib"):
-        assert way in line
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty")}
+    for name in ("tinystories", "openwebtext"):
+        done = cli("prepare", name, "--out", "c", **nowhere)
+        assert done.returncode == 3, done.stderr
+        line = done.stderr.strip().splitlines()[-1]
+        for way in ("no network, or offline mode", "local .txt", "HF_HOME", "stdlib"):
+            assert way in line
+        assert not (tmp_path / "c").exists()
 
 
 def test_corpora_and_runs(fails, corpus, tmp_path):
@@ -154,6 +174,8 @@ def test_command_line(fails):
     assert "invalid choice: 'trian'" in fails("trian")
     assert "unrecognized arguments: --wide" in fails("rules", "--wide")
     assert "--seeds must be at least 1" in fails("compare", "--seeds", "0")
+    assert "--tokens must be a positive number; got nan" in fails("compare", "--tokens", "nan")
+    assert "keeps its own set" in fails("train", "--resume", "run", "--set", "training.steps=800")
 
 
 def test_damaged_run(fails, tmp_path, capsys, corpus):
@@ -162,6 +184,10 @@ def test_damaged_run(fails, tmp_path, capsys, corpus):
     assert "is complete" in fails("train", "--resume", "run")
     assert "exists already" in fails("train", "--corpus", corpus.path, "--out", "run")
     assert "the prompt is empty" in fails("generate", "run", "--prompt", "")
+    tokenizer = (tmp_path / "run" / "tokenizer.json").read_text()
+    (tmp_path / "run" / "tokenizer.json").write_text("{}")
+    assert "tokenizer.json cannot be read" in fails("generate", "run")
+    (tmp_path / "run" / "tokenizer.json").write_text(tokenizer)
     state = tmp_path / "run" / "checkpoints" / "step_2" / "state.json"
     good = state.read_text()
     state.write_text(good.replace('"bytes": ', '"bytes": 1'))

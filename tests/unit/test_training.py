@@ -42,7 +42,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, config, corpus, 
 
     for _ in range(2):
         stop.requested = False
-        with pytest.raises(Interrupted, match=r"saved\. Go on with"):
+        with pytest.raises(Interrupted, match="saved"):
             train(parts, stop, interrupt)
     stop.requested = False
     train(parts, stop)
@@ -79,7 +79,7 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path, config, corpus):
     process = subprocess.Popen(
         [sys.executable, "-m", "yuriiformer", "train", "--resume", str(run.path)], stderr=subprocess.PIPE, text=True
     )
-    while not run.records():
+    while not run.records() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=60)

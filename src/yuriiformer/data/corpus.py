@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,9 @@ class Corpus:
 
     @property
     def identity(self) -> dict[str, str]:
-        """Where it came from, and the checksum of its training tokens."""
-        sha = str(self.manifest["splits"]["train"]["sha256"])
+        """Where it came from, and the checksum of its tokens."""
+        splits = self.manifest["splits"]
+        sha = hashlib.sha256("".join(splits[name]["sha256"] for name in ("train", "validation")).encode()).hexdigest()
         return {"source": self.manifest["source"], "tokenizer": self.manifest["tokenizer"], "sha256": sha}
 
     @property

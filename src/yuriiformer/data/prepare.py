@@ -87,6 +87,7 @@ def prepare(
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "source": source,
+            "source_bytes": text.size,
             "validation": validation or (held_out.name if held_out else f"{fraction} held out"),
             "tokenizer": tokenizer,
             "tokenizer_sha256": sha256(folder / TOKENIZER),

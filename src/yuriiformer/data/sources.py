@@ -10,10 +10,12 @@ import lzma
 import os
 import socket
 import sysconfig
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, cast
 from urllib.parse import urlparse
+from urllib.request import getproxies
 
 from ..errors import EnvironmentFault, UserError
 from .tokenizer import END_OF_TEXT
@@ -45,7 +47,7 @@ class Source:
             return
         path = Path(name)
         if path.is_dir():
-            self.files = sorted(f for f in path.rglob("*") if f.is_file() and _format(f))
+            self.files = sorted(f for f in path.rglob("*") if f.is_file() and _format(f) and f.stat().st_size)
             if not self.files:
                 raise UserError(
                     f"folder {name!r} holds no text; allowed: {', '.join(TEXT + RECORDS)}, also {', '.join(COMPRESSED)}"
@@ -73,7 +75,13 @@ class Source:
     def documents(self, progress: Progress = lambda read: None) -> Iterator[str]:
         """Every document that is not blank."""
         texts = (text for f in self.files for text in _read(f, progress)) if self.files else _hub(self.name, self.split)
-        return (text for text in texts if text.strip())
+        empty = True
+        for text in texts:
+            if text.strip():
+                empty = False
+                yield text
+        if empty:
+            raise UserError(f"source {self.name!r} is empty.")
 
 
 def _standard_library() -> list[Path]:
@@ -92,20 +100,17 @@ def _format(path: Path) -> str:
 
 
 def _read(path: Path, progress: Progress) -> Iterator[str]:
-    empty, told = True, 0
+    told = 0
     with path.open("rb") as raw:
         try:
             for text in _parquet(raw, path) if _format(path) == ".parquet" else _split(raw, path):
-                empty = False
                 progress(raw.tell() - told)
                 told = raw.tell()
                 yield text
-        except (lzma.LZMAError, EOFError, gzip.BadGzipFile, OSError) as error:
+        except (*_DAMAGED, *_zstd_error(path)) as error:
             if isinstance(error, OSError) and error.errno:
                 raise
             raise UserError(f"{path} cannot be unpacked: {error or 'it is cut short'}") from None
-    if empty:
-        raise UserError(f"{path} is empty.")
 
 
 def _split(raw: IO[bytes], path: Path) -> Iterator[str]:
@@ -145,6 +150,13 @@ def _unpacked(raw: IO[bytes], path: Path) -> IO[bytes]:
             return raw
 
 
+_DAMAGED: tuple[type[Exception], ...] = (lzma.LZMAError, zlib.error, EOFError, OSError)
+
+
+def _zstd_error(path: Path) -> tuple[type[Exception], ...]:
+    return (_needs("zstandard", path).ZstdError,) if path.suffix == ".zst" else ()
+
+
 def _needs(module: str, path: Path):  # type: ignore[no-untyped-def]
     try:
         return __import__(module)
@@ -163,9 +175,12 @@ def _decode(data: bytes, path: Path, offset: int) -> str:
 
 def _record(line: str, path: Path, number: int) -> str:
     try:
-        return str(json.loads(line)["text"])
+        text = json.loads(line)["text"]
     except (json.JSONDecodeError, KeyError, TypeError):
-        raise UserError(f'{path}, line {number}: each line must be a JSON object with a "text" field.') from None
+        text = None
+    if not isinstance(text, str):
+        raise UserError(f'{path}, line {number}: each line must be a JSON object with a "text" field.')
+    return text
 
 
 def _parquet(raw: IO[bytes], path: Path) -> Iterator[str]:
@@ -197,7 +212,7 @@ def _hub(name: str, split: str) -> Iterator[str]:
     try:
         for row in datasets.load_dataset(repository, revision=revision, split=split, streaming=True):
             yield row["text"]
-    except (ConnectionError, datasets.exceptions.DatasetsError, FileNotFoundError) as error:
+    except Exception as error:  # the library, its hub client and its transport each have errors of their own
         raise EnvironmentFault(
             f"{repository} could not be read from {endpoint} ({type(error).__name__}: no network, or offline mode). "
             "Ways on: prepare a local .txt, .jsonl or .parquet file; set HF_ENDPOINT to a mirror or HF_HOME to a "
@@ -206,9 +221,12 @@ def _hub(name: str, split: str) -> Iterator[str]:
 
 
 def _reachable(endpoint: str) -> bool:
+    if getproxies():  # the way out is the proxy's, and cannot be tried like this
+        return True
     address = urlparse(endpoint)
+    port = address.port or {"http": 80}.get(address.scheme, 443)
     try:
-        socket.create_connection((address.hostname or "", address.port or 443), timeout=3).close()
+        socket.create_connection((address.hostname or "", port), timeout=3).close()
         return True
     except OSError:
         return False

@@ -17,12 +17,25 @@ from .statistics import holm, mean, paired
 def collect(out: Path) -> dict[str, Any]:
     """Read a comparison's runs. Raises UserError when one is missing or not complete."""
     plan = read_json(out / "plan.json")
-    names = list(plan["arms"])
+    names, diverged = [], {}
+    for name in plan["arms"]:
+        seeds = [
+            s for s in plan["seeds"] if (out / "runs" / f"{plan['slugs'][name]}-seed{s}" / "diverged.json").is_file()
+        ]
+        if seeds:
+            diverged[name] = seeds
+        else:
+            names.append(name)
+    if next(iter(plan["arms"])) in diverged:
+        raise UserError(f"the baseline of {out} diverged: there is nothing to compare with. Lower the learning rates.")
     runs = {
         name: [_read_run(out / "runs" / f"{plan['slugs'][name]}-seed{seed}") for seed in plan["seeds"]]
         for name in names
     }
-    arms = [_arm(name, plan["arms"][name], dict(zip(plan["seeds"], runs[name], strict=True))) for name in names]
+    arms = [
+        _arm(name, plan["arms"][name], plan["steps"][name], dict(zip(plan["seeds"], runs[name], strict=True)))
+        for name in names
+    ]
     final = {arm["name"]: list(arm["final_validation"].values()) for arm in arms}
 
     against = [paired(final[name], final[names[0]]) for name in names[1:]]
@@ -49,9 +62,14 @@ def collect(out: Path) -> dict[str, Any]:
         "equal_seconds": equal_seconds,
         "corpus": plan["corpus"],
         "machine": runs[names[0]][0]["env"],
-        "training": next(iter(plan["arms"].values()))["training"],
         "command": plan["command"],
-        "verdict": [_verdict(arm, names[0]) for arm in arms[1:]] + _against_equal_parameters(arms, pairs),
+        "verdict": [_verdict(arm, names[0]) for arm in arms[1:]]
+        + _against_equal_parameters(arms, pairs)
+        + [
+            f"{name} diverged with seed {', '.join(map(str, seeds))}: it is left out."
+            for name, seeds in diverged.items()
+        ],
+        "diverged": diverged,
         "arms": arms,
         "pairs": pairs,
     }
@@ -68,7 +86,7 @@ def _read_run(path: Path) -> dict[str, Any]:
     }
 
 
-def _arm(name: str, config: dict[str, Any], runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
+def _arm(name: str, config: dict[str, Any], steps: int, runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """One arm; `runs` by seed."""
     model, summaries = config["model"], {str(seed): run["summary"] for seed, run in runs.items()}
     first = next(iter(summaries.values()))
@@ -92,6 +110,7 @@ def _arm(name: str, config: dict[str, Any], runs: dict[int, dict[str, Any]]) -> 
         "training_loss": {seed: s["training_loss"] for seed, s in summaries.items()},
         "coefficients": [s["coefficients"] for s in summaries.values()],
         "sample": first["sample"],
+        "config": {"model": model, "training": config["training"] | {"steps": steps}},
     }
 
 
@@ -106,7 +125,7 @@ def _against_equal_parameters(arms: list[dict[str, Any]], pairs: list[dict[str, 
                 text = f"Beside {b}, which has as many input tables: {a} {sign * pair['mean_difference']:+.4f} nats"
                 if pair["low"] is not None:
                     low, high = sorted((sign * pair["low"], sign * pair["high"]))
-                    text += f" (95 % interval {low:+.4f} to {high:+.4f}, p = {pair['p_value']:.2g})"
+                    text += f" (95 % interval {low:+.4f} to {high:+.4f}, p = {pair['p_value']:.2g}, not adjusted)"
                 texts.append(text + ".")
     return texts
 
@@ -117,6 +136,8 @@ def _verdict(arm: dict[str, Any], baseline: str) -> str:
     side = "below" if gap < 0 else "above"
     same_sign = sum((d < 0) == (gap < 0) for d in differences)
     text = f"{arm['name']} ends {abs(gap):.4f} nats {side} {baseline}, in {same_sign} of {len(differences)} seeds"
+    if gap == 0 and not any(differences):
+        return f"{arm['name']} ends exactly where {baseline} ends, in every seed."
     if test["p_value"] is None:
         return f"{text}. One seed says nothing about the spread; run more seeds for an interval."
     text += f" (95 % interval {test['low']:+.4f} to {test['high']:+.4f}, p = {test['p_value_holm']:.2g} after Holm)"

@@ -39,7 +39,7 @@ the same batches in the same order for every arm. Baseline: <b>{{ c.baseline }}<
 {% if c.controls_not_run %}<p class="say">Honest controls that were not run here (<code>--controls</code> adds them): {{ c.controls_not_run | join("; ") }}.</p>{% endif %}
 
 <h2>Numbers</h2>
-<p class="say">Validation loss in nats per token, mean of the seeds, ± the standard deviation. Lower is better.</p>
+<p class="say">Validation loss in nats per token, mean of the seeds, ± the standard deviation; lower is better. FLOPs are those of training (three times the forward pass); seconds and tokens/s are of training alone, without compilation, validation and checkpoints.</p>
 <div class="scroll"><table id="numbers">
 <tr>{% for header in headers %}<th>{{ header }}{% endfor %}<th>loss at<br>{{ "%.0f" % c.equal_seconds }} s</tr>
 {% for cells in rows %}{% set arm = c.arms[loop.index0] %}{% set dot = color(loop.index0) %}<tr>{% for cell in cells %}{% if loop.first %}<td style="border-left: 5px solid {{ dot }}">{{ broken(cell) }}{% else %}<td>{{ stacked(cell) }}{% endif %}{% endfor %}<td>{{ "%.4f" % arm.validation_at_equal_seconds }}</tr>
@@ -77,8 +77,8 @@ learning rate, so this column is unkind to it. A comparison with a budget in sec
 <h2>How to reproduce it</h2>
 <pre>{{ c.command }}</pre>
 <p class="say">Corpus {{ c.corpus.source }}, {{ c.corpus.tokenizer }}, sha256 {{ c.corpus.sha256[:16] }}…, on {{ c.machine.device }}, {{ c.machine.threads }} threads, torch {{ c.machine.torch }},
-Python {{ c.machine.python }}, {{ c.training.precision }}, {{ "compiled" if c.training.compile == "yes" else "eager" }}. YuriiFormer {{ c.machine.yuriiformer }}.</p>
-<details><summary>Recipe</summary><pre>{{ recipe }}</pre></details>
+Python {{ c.machine.python }}, {{ training.precision }}, {{ "compiled" if training.compile == "yes" else "eager" }}. YuriiFormer {{ c.machine.yuriiformer }}.</p>
+{% for arm in c.arms %}<details><summary>Configuration of {{ arm.name }}</summary><pre>{{ recipe(arm.config) }}</pre></details>{% endfor %}
 <footer>Everything on this page is also in comparison.json beside it.</footer>
 </html>
 """
@@ -93,12 +93,17 @@ def write_page(comparison: dict[str, Any], path: Path) -> None:
         axes=plots.AXES,
         curves={against: safe(plots.loss_curves(arms, against)) for against in plots.AXES},
         differences=safe(plots.differences(arms, comparison["baseline"])),
-        coefficients={arm["name"]: safe(plots.coefficients(arm)) for arm in arms if arm["coefficients"][0][0][0]},
+        coefficients={
+            arm["name"]: safe(plots.coefficients(arm))
+            for arm in arms
+            if arm["coefficients"][0][0][0] and arm["config"]["model"]["coefficients"] == "learned"
+        },
         color=plots.color,
         broken=lambda name: safe(str(escape(name)).replace(",", ",<wbr>")),
         stacked=lambda cell: safe(str(escape(cell)).replace(" ±", "<br>±").replace(" [", "<br>[")),
         headers=HEADERS,
         rows=rows(comparison),
-        recipe=json.dumps(comparison["training"], indent=1),
+        recipe=lambda config: json.dumps(config, indent=1),
+        training=arms[0]["config"]["training"],
     )
     write_text(path, html)

@@ -67,7 +67,11 @@ def loss_curves(arms: list[dict[str, Any]], against: str) -> str:
         axes.set_xlabel(AXES[against][0])
         axes.set_ylabel("validation loss (nats per token)")
         every = np.concatenate([np.ravel(arm["curves"]["validation"]) for arm in arms])
-        lowest, top = every.min(), np.quantile(every, 0.9)  # the fall at the start would flatten the rest
+        last = max(curve[-1] for arm in arms for curve in arm["curves"]["validation"])
+        lowest, top = (
+            every.min(),
+            max(np.quantile(every, 0.9), last + 0.05 * (last - every.min()) + 1e-6),
+        )  # the fall at the start would flatten the rest
         axes.set_ylim(lowest - 0.04 * (top - lowest), top)
         _legend_above(axes)
 

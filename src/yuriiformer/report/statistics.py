@@ -13,7 +13,9 @@ def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
     """a - b over the same seeds: mean, 95 % interval and p-value of the paired t-test (None with one seed)."""
     differences = np.asarray(a) - np.asarray(b)
     result: dict[str, Any] = {"mean_difference": float(differences.mean()), "low": None, "high": None, "p_value": None}
-    if len(differences) > 1 and np.ptp(differences) > 0:
+    if len(differences) > 1 and np.ptp(differences) == 0:  # no spread at all: the test's limit
+        result |= {"low": float(differences[0]), "high": float(differences[0]), "p_value": float(differences[0] == 0)}
+    elif len(differences) > 1:
         test = stats.ttest_rel(a, b)
         interval = test.confidence_interval(0.95)
         result |= {"low": float(interval.low), "high": float(interval.high), "p_value": float(test.pvalue)}

@@ -113,4 +113,4 @@ def _load_optimizer_state(
     for name, value in tensors.items():
         parameter, _, key = name.partition("|")
         p = parameters[parameter]
-        owner[p].state[p][key] = value.to(p.device) if value.ndim else value
+        owner[p].state[p][key] = value.to(p.device)

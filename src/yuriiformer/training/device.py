@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..config import TrainingConfig
-from ..errors import UserError
+from ..errors import EnvironmentFault, UserError
 
 
 def resolve(config: TrainingConfig) -> tuple[TrainingConfig, str]:
@@ -33,8 +33,10 @@ def resolve(config: TrainingConfig) -> tuple[TrainingConfig, str]:
 
     compile_, why = config.compile, ""
     if compile_ == "auto":
-        missing = "no compiled kernels on mps" if device == "mps" else _missing_for_compile(device)
+        missing = "not measured on mps" if device == "mps" else _missing_for_compile(device)
         compile_, why = ("no", f" ({missing})") if missing else ("yes", "")
+    elif compile_ == "yes" and (missing := _missing_for_compile(device)):
+        raise EnvironmentFault(f"training.compile=yes needs what is not here: {missing}. Use training.compile=auto.")
     line = f"{device}, {precision}, {'compiled' if compile_ == 'yes' else 'eager'}{why}"
     return dataclasses.replace(config, device=device, precision=precision, compile=compile_), line  # type: ignore[arg-type]
 

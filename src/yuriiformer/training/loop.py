@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..data.tokenizer import END_OF_TEXT
 from ..errors import Interrupted, UserError
-from ..files import disk_errors, write_json
+from ..files import disk_errors, lock, write_json
 from ..generate import generate
 from ..model import LanguageModel, flops_per_token
 from .checkpoint import Progress, restore, save
@@ -26,6 +26,10 @@ from .run import Run
 
 LOG_EVERY = 10  # steps per line of metrics.jsonl
 Observer = Callable[[dict[str, Any]], None]
+
+
+class Diverged(UserError):
+    """Loss or gradient is no number any more."""
 
 
 class Stop:
@@ -51,8 +55,14 @@ def train(run: Run, stop: Stop, observe: Observer = lambda record: None) -> dict
     """Train a run to its end, from its newest checkpoint where it has one; return its summary.
 
     observe: called with each line of metrics.jsonl.
-    Raises Interrupted (everything saved) when `stop` was requested, UserError when the loss is no number any more.
+    Raises Interrupted (everything saved) when `stop` was requested, Diverged when the loss is no number any more,
+    UserError when the run is complete or another process trains it.
     """
+    with lock(run.path, "run"):
+        return _train(run, stop, observe)
+
+
+def _train(run: Run, stop: Stop, observe: Observer) -> dict[str, Any]:
     if run.complete:
         raise UserError(f"{run.path} is complete: {run.config.training.steps} steps are done.")
     config, corpus = run.config.training, run.corpus()
@@ -82,8 +92,10 @@ def train(run: Run, stop: Stop, observe: Observer = lambda record: None) -> dict
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    batches = corpus.validation_batches(sequences=config.evaluate_sequences, batch=micro, context=context)
-    validation = [(to_device(inputs), to_device(targets)) for inputs, targets in batches]
+    batches = corpus.validation_batches(sequences=config.evaluate_sequences, batch=config.batch, context=context)
+    validation = [
+        pair for xs, ys in batches for pair in zip(to_device(xs).split(micro), to_device(ys).split(micro), strict=True)
+    ]
     loss_of(*validation[0]).backward()  # compiles and warms up before the clock starts
     for optimizer in optimizers:
         optimizer.zero_grad()
@@ -117,15 +129,17 @@ def train(run: Run, stop: Stop, observe: Observer = lambda record: None) -> dict
                 continue
             seconds += synchronised_time() - started
             mean = loss_sum.item() / (step % LOG_EVERY + 1)
-            if not math.isfinite(mean):
-                raise UserError(
-                    f"the loss of {run.path} is no number any more at step {done}; lower the learning rates."
+            if not (math.isfinite(mean) and torch.isfinite(norm)):
+                raise Diverged(
+                    f"{run.path} diverged by step {done}: loss or gradient is no number; lower the learning rates."
                 )
             if log:
                 record = {"step": done, "tokens": done * config.batch * context, "seconds": round(seconds, 4)}
                 record |= {"loss": mean, "gradient_norm": norm.item(), "lr": factor}
                 if evaluate:
                     record["validation"] = validate()
+                    if not math.isfinite(record["validation"]):
+                        raise Diverged(f"{run.path} diverged by step {done}: the validation loss is no number.")
                 metrics.write(json.dumps(record) + "\n")
                 metrics.flush()
                 observe(record)
@@ -135,9 +149,7 @@ def train(run: Run, stop: Stop, observe: Observer = lambda record: None) -> dict
                 progress = Progress(done, seconds, loss_sum.item())
                 save(run.checkpoints, progress, model, optimizers, config.keep)
             if stopping and not last:
-                raise Interrupted(
-                    f"stopped at step {done} of {config.steps}; saved. Go on with: yuriiformer train --resume {run.path}"
-                )
+                raise Interrupted(f"stopped at step {done} of {config.steps}; saved.")
             started = synchronised_time()
 
     records = run.records()

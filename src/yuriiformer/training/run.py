@@ -25,6 +25,7 @@ from ..data.corpus import TOKENIZER, Corpus
 from ..errors import UserError
 from ..files import new_folder, read_json, sha256, write_json, write_text
 from ..model import LanguageModel, checked
+from ..rule import find_rule
 from .checkpoint import newest_first, restore
 from .device import describe, resolve
 
@@ -37,6 +38,9 @@ def padded_vocabulary(corpus: Corpus) -> int:
 def definite(config: Config, corpus: Corpus) -> tuple[Config, str]:
     """The config with vocabulary, splitting and device settings filled in, checked; and a line about the device."""
     training, line = resolve(config.training)
+    for key, value in as_dict(training).items():
+        if isinstance(value, int | float) and value < 0:
+            raise UserError(f"training.{key} must not be negative; got {value}.")
     model = config.model
     if model.vocabulary == 0:
         model = dataclasses.replace(model, vocabulary=padded_vocabulary(corpus))
@@ -44,6 +48,7 @@ def definite(config: Config, corpus: Corpus) -> tuple[Config, str]:
         raise UserError(
             f"model.vocabulary is {model.vocabulary}; the corpus {corpus.path} has {corpus.vocabulary} tokens."
         )
+    model = checked(model)
     if model.rule.endswith(".py"):
         model = dataclasses.replace(model, rule=str(Path(model.rule).resolve()))
     for key in ("steps", "batch", "evaluate_every", "evaluate_sequences"):
@@ -55,7 +60,7 @@ def definite(config: Config, corpus: Corpus) -> tuple[Config, str]:
         )
     corpus.batch_at(0, seed=training.seed, batch=1, context=model.context)  # raises when the context is too long
     corpus.validation_batches(sequences=1, batch=1, context=model.context)
-    return Config(corpus=str(corpus.path.resolve()), model=checked(model), training=training), line
+    return Config(corpus=str(corpus.path.resolve()), model=model, training=training), line
 
 
 class Run:
@@ -79,7 +84,7 @@ class Run:
             env = {
                 "yuriiformer": __version__,
                 "corpus": corpus.identity,
-                "rule_sha256": sha256(rule) if rule else None,
+                "rule_sha256": find_rule(config.model.rule).sha256,
                 **describe(config.training.device),
             }
             write_json(folder / "env.json", env)
@@ -103,21 +108,22 @@ class Run:
         return max((step for step, _ in newest_first(self.checkpoints)), default=0)
 
     def tokenizer(self) -> Tokenizer:
-        if not (self.path / TOKENIZER).is_file():
-            raise UserError(f"{self.path / TOKENIZER} is missing.")
-        return Tokenizer.from_file(str(self.path / TOKENIZER))
+        try:
+            return Tokenizer.from_file(str(self.path / TOKENIZER))
+        except Exception as error:  # the library raises nothing more precise
+            raise UserError(f"{self.path / TOKENIZER} cannot be read: {error}") from None
 
     def corpus(self) -> Corpus:
         """The corpus the run was made with. Raises UserError when it is another one now."""
         corpus = Corpus(Path(self.config.corpus))
-        if corpus.identity != self.env["corpus"]:
+        if corpus.identity != self.env.get("corpus"):
             raise UserError(f"corpus {corpus.path} is not the one {self.path} was trained on (its sha256 differs).")
         return corpus
 
     def build(self) -> LanguageModel:
         """The model with its initial weights. Raises UserError when its rule file is gone or has changed."""
         rule = self.config.model.rule
-        if rule.endswith(".py") and not (Path(rule).is_file() and sha256(Path(rule)) == self.env["rule_sha256"]):
+        if rule.endswith(".py") and not (Path(rule).is_file() and sha256(Path(rule)) == self.env.get("rule_sha256")):
             raise UserError(
                 f"{self.path} was trained with the rule file {rule}, which is missing or has changed; "
                 f"put the copy {self.path / 'rule.py'} back in its place."
@@ -136,7 +142,10 @@ class Run:
     def records(self) -> list[dict[str, Any]]:
         """The whole lines of metrics.jsonl; a last line cut short by a kill is left out."""
         lines = self.metrics.read_text(encoding="utf-8").split("\n")[:-1] if self.metrics.is_file() else []
-        return [json.loads(line) for line in lines]
+        try:
+            return [json.loads(line) for line in lines]
+        except json.JSONDecodeError as error:
+            raise UserError(f"{self.metrics} is damaged: {error}") from None
 
     def truncate_metrics(self, step: int) -> None:
         """Drop what was logged after the checkpoint that training goes on from."""
