@@ -356,7 +356,7 @@ def _rules(options: argparse.Namespace) -> None:
             "readout": rule.readout,
             "reduces_to": rule.reduces_to,
             "source": rule.source,
-            "summary": rule.summary,
+            "summary": (rule.step.__doc__ or "").strip().split("\n")[0],
         }
         for rule in rules.values()
     ]

@@ -129,7 +129,8 @@ def parse(text: str, hint: Any) -> Any:
     if typing.get_origin(hint) is Literal or hint is str:
         return text
     try:
-        return json.loads(text.lower() if hint is bool else text)
+        value = json.loads(text.lower() if hint is bool else text)
+        return float(value) if hint is float and type(value) is int else value
     except json.JSONDecodeError:
         return text
 

@@ -60,14 +60,10 @@ def _initial_values(rule: Rule, config: ModelConfig, layer: int) -> dict[str, fl
     """Where the coefficients start (or stay) in a layer, counted from 0."""
     values = {}
     for name, coefficient in rule.coefficients.items():
+        neutral = coefficient.range.value(torch.zeros(())).item()
+        values[name] = config.values.get(name, neutral if config.initial == "neutral" else coefficient.default)
         if config.coefficients == "scheduled" and coefficient.range is UNIT:
             values[name] = (layer + 1) / (layer + 4)  # Nesterov's t / (t + 3), t = 1, 2, ...
-        elif name in config.values:
-            values[name] = config.values[name]
-        elif config.initial == "neutral":
-            values[name] = coefficient.range.value(torch.zeros(())).item()
-        else:
-            values[name] = coefficient.default
     return values
 
 

@@ -89,10 +89,6 @@ class Rule:
     def whole_layer(self) -> bool:
         return self.oracles == ("attn", "mlp")
 
-    @property
-    def summary(self) -> str:
-        return (inspect.getdoc(self.step) or "").split("\n")[0]
-
     def calls(self, options: Mapping[str, Any]) -> dict[str, int]:
         """How often one step asks each oracle: counted by running it once."""
         count = dict.fromkeys(self.oracles, 0)
@@ -109,10 +105,9 @@ class Rule:
         values = {name: c.default for name, c in self.coefficients.items()} | dict(options)
         with _located(self.step.__code__.co_filename):
             out = self.step(*[stream] * len(self.streams), *map(counting, self.oracles), *norm, **values)
-        if len(as_streams(out)) != len(self.streams):
+        if (returned := len(as_streams(out))) != (taken := len(self.streams)):
             raise UserError(
-                f"rule {self.name!r} returns {len(as_streams(out))} streams; its signature takes "
-                f"{len(self.streams)} ({', '.join(self.streams)}). Return as many as it takes."
+                f"rule {self.name!r} returns {returned} streams; its signature takes {taken}, return as many."
             )
         if idle := [name for name, n in count.items() if n == 0]:
             raise UserError(f"rule {self.name!r} never asks its oracle {idle[0]!r}.")

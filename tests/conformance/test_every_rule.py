@@ -99,14 +99,21 @@ def test_oracle_calls_are_what_a_forward_makes(combination, ids):
 
 HINTS = typing.get_type_hints(ModelConfig)
 CHOICES = [
-    [{name: value} for value in typing.get_args(HINTS[name])]
-    for name in ("velocity_start", "velocity_norm", "coefficients", "initial")
-] + [[{}, {"x0_scale": 30.0}, {"x0_scale": 30.0, "learn_x0_scale": True}], [{}, {"second_table": True}]]
-VARIANTS = [dict(itertools.chain(*map(dict.items, row))) for row in itertools.product(*CHOICES)]
+    *(
+        [{name: v} for v in typing.get_args(HINTS[name])]
+        for name in ("velocity_start", "velocity_norm", "coefficients")
+    ),
+    [{}, {"x0_scale": 30.0}, {"x0_scale": 30.0, "learn_x0_scale": True}],
+]
+# Every product of these; the two choices that touch nothing else take turns.
+VARIANTS = [
+    dict(itertools.chain(*map(dict.items, row))) | {"initial": ("rule", "neutral")[i % 2], "second_table": i % 4 > 1}
+    for i, row in enumerate(itertools.product(*CHOICES))
+]
 
 
 def test_every_legal_variant_trains_and_decodes(combination, ids):
-    assert len(VARIANTS) == 4 * 3 * 3 * 2 * 3 * 2
+    assert len(VARIANTS) == 4 * 3 * 3 * 3
     for variant in VARIANTS:
         model = build(combination, **variant)
         model.loss(ids, ids).backward()
@@ -119,11 +126,11 @@ def test_every_legal_variant_trains_and_decodes(combination, ids):
 
 
 def test_variants_compile_as_one_graph(combination, ids):
-    """Every choice at least once for every rule x splitting; a tenth of all their products, another tenth for each."""
+    """A share of the variants for each, so that every variant is compiled with some rule x splitting."""
     number = [p.values[0] for p in COMBINATIONS].index(
         (combination["rule"], combination["splitting"], combination["options"])
     )
-    for variant in VARIANTS[number * 7 % 53 :: 53]:
+    for variant in VARIANTS[number :: len(COMBINATIONS)]:
         torch._dynamo.reset()
         model = build(combination, layers=1, **variant)
         compiled = torch.compile(model.loss, backend="eager", fullgraph=True)

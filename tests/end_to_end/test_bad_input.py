@@ -94,12 +94,12 @@ def test_config(train):
     assert "micro_batch must divide" in train("--set", "training.micro_batch=3")
     assert "KEY=VALUE" in train("nesterov,second_table")
     assert "option k of rule 'imex' must be one of (1, 2); got 'two'" in train("imex,k=two")
-    assert "must be in (0, inf); got -1000" in train("nesterov,gamma=-1000")
+    assert "must be in (0, inf); got -1000.0" in train("nesterov,gamma=-1000")
     assert "must be in (0, 1); got 'half'" in train("nesterov,mu=half")
     assert "give it as --set training.batch=8" in train("nesterov,batch=8")
     assert "model.context must be at least 1" in train("--set", "model.context=0")
-    assert "training.seed must not be negative" in train("--set", "training.seed=-1")
-    assert "training.adamw_lr must not be negative" in train("nesterov,adamw_lr=-1")
+    assert "training.seed must be a number that is not negative; got -1" in train("--set", "training.seed=-1")
+    assert "training.adamw_lr must be a number that is not negative; got nan" in train("nesterov,adamw_lr=NaN")
     assert "config key model is a section" in train("--set", "model=3")
 
 

@@ -71,5 +71,13 @@ def test_every_file_has_its_line_and_every_link_leads_somewhere():
             assert f"]({inside})" in README or f"]({inside.parent})" in README, f"{inside} has no line in the README"
 
 
+def test_tables_are_the_measured_ones():
+    for document in [ROOT / "README.md", ROOT / "results" / "README.md"]:
+        shown = re.findall(r"<!-- (\S+) -->\n((?:\|.*\n)+)", document.read_text())
+        assert len(shown) >= 2
+        for source, table in shown:
+            assert table == (ROOT / source).read_text(), source
+
+
 def test_no_number_in_the_readme_is_a_placeholder():
     assert not re.search(r"@\w+@|TODO|XXX", README)

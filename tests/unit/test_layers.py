@@ -77,4 +77,4 @@ def test_a_rule_is_at_most_25_lines_and_the_core_about_800():
         len((ROOT / f"{name}.py").read_text().splitlines())
         for name in ("rule", "splitting", "oracle", "cache", "model")
     )
-    assert core + sum(lines.values()) <= 820
+    assert core + sum(lines.values()) <= 825

@@ -116,7 +116,11 @@ def test_no_whole_checkpoint_is_an_error(tmp_path, config, corpus):
 def test_accumulation_does_not_change_what_is_learned(tmp_path, config, corpus):
     losses = []
     for micro in (0, 2):
-        run = start(tmp_path / f"micro{micro}", override(config, {"training.micro_batch": micro}), corpus)
+        run = start(
+            tmp_path / f"micro{micro}",
+            override(config, {"training.micro_batch": micro, "training.adamw_lr": 1e-3, "training.muon_lr": 1e-3}),
+            corpus,
+        )
         losses.append(train(run, Stop())["final_validation"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -178,6 +182,7 @@ def test_compiled_equals_eager(ids):
     if missing := _missing_for_compile("cpu"):
         pytest.skip(missing)
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     models = [
         LanguageModel(ModelConfig(rule="nesterov", layers=2, heads=2, width=16, context=16, vocabulary=64))
         for _ in range(2)

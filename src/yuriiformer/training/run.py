@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,8 @@ def definite(config: Config, corpus: Corpus) -> tuple[Config, str]:
     """The config with vocabulary, splitting and device settings filled in, checked; and a line about the device."""
     training, line = resolve(config.training)
     for key, value in as_dict(training).items():
-        if isinstance(value, int | float) and value < 0:
-            raise UserError(f"training.{key} must not be negative; got {value}.")
+        if isinstance(value, int | float) and not 0 <= value < math.inf:
+            raise UserError(f"training.{key} must be a number that is not negative; got {value}.")
     model = config.model
     if model.vocabulary == 0:
         model = dataclasses.replace(model, vocabulary=padded_vocabulary(corpus))
