@@ -24,7 +24,7 @@ def sweep(arguments: list[str]) -> int:
         return code
     comparison = json.loads((out / "comparison.json").read_text())
     loss = {arm["name"]: arm["final_validation"][str(SEED)] for arm in comparison["arms"]}
-    record = {key: comparison[key] for key in ("seeds", "budget", "corpus", "machine", "training")}
+    record = {key: comparison[key] for key in ("seeds", "budget", "corpus", "machine", "command")}
     Path("results/sweep.json").write_text(json.dumps(record | {"final_validation": loss}, indent=1) + "\n")
     for arm in DEMO_ARMS:
         print(

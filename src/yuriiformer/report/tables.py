@@ -43,11 +43,14 @@ def against(test: dict[str, Any] | None) -> tuple[str, str]:
 
 def show(comparison: dict[str, Any], console: Console) -> None:
     """Print the table and the verdict."""
-    table = Table(*HEADERS)
+    narrow = console.width < 150
+    shown = [i for i, header in enumerate(HEADERS) if not (narrow and header in ("steps", "seconds", "best loss"))]
+    table = Table(*(HEADERS[i] for i in shown))
+    table.columns[0].overflow = "fold"
     for column in table.columns[1:]:
         column.justify = "right"
     for cells in rows(comparison):
-        table.add_row(*cells)
+        table.add_row(cells[0].replace(",", ",\n"), *(cells[i] for i in shown[1:]))
     console.print(table)
     for line in comparison["verdict"]:
         console.print(line, soft_wrap=True)
