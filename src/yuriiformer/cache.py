@@ -6,7 +6,10 @@ A slot belongs to a *call*, not to a layer: Strang and Verlet ask attention twic
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from .oracle import attention
 
 
 class KVCache:
@@ -18,19 +21,19 @@ class KVCache:
         self._memory: list[tuple[Tensor, Tensor]] = []  # per slot, each (batch, heads, room, head width)
         self._slot = 0  # the next call's
 
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store this call's keys and values of the new tokens; return those of all tokens so far."""
-        batch, heads, new, head_width = k.shape
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The new tokens' attention to themselves and to all that the slot holds; their keys and values are stored."""
+        batch, heads, new, _ = k.shape
         if len(self._memory) == self._slot:
-            shape = (batch, heads, self.room, head_width)
-            self._memory.append((k.new_empty(shape), v.new_empty(shape)))
+            self._memory.append(tuple(t.new_empty(batch, heads, self.room, t.shape[-1]) for t in (k, v)))  # type: ignore[arg-type]
         end = self.length + new
         if end > self.room:
             raise ValueError(f"{end} tokens do not fit a cache with room for {self.room}")
         keys, values = (memory[:, :, :end] for memory in self._memory[self._slot])
         keys[:, :, self.length :], values[:, :, self.length :] = k, v
         self._slot += 1
-        return keys, values
+        seen = torch.ones(new, end, dtype=torch.bool, device=q.device).tril(self.length)
+        return attention(q, keys, values, seen)
 
     def advance(self, tokens: int) -> None:
         """End of a forward pass: its tokens count as held, and the next call is the first again."""

@@ -35,8 +35,9 @@ class ModelConfig:
     velocity_norm: Literal["substep", "layer", "none"] = doc(
         "LayerNorm of the velocity: each substep, last, never", "substep"
     )
-    coefficients: Literal["learned", "fixed", "scheduled"] = doc(
-        "scheduled: those in (0, 1) are t/(t+3) in layer t", "learned"
+    oracles: Literal["plain", "biased", "gpt2"] = doc("attention and MLP: nanoGPT's, with biases, GPT-2's own", "plain")
+    coefficients: Literal["learned", "free", "fixed", "scheduled"] = doc(
+        "free: learned without staying in their range; scheduled: those in (0, 1) are t/(t+3) in layer t", "learned"
     )
     initial: Literal["rule", "neutral"] = doc("start of the coefficients: the rule's, or all raw parameters 0", "rule")
     values: dict[str, float] = doc("initial values by coefficient name, over `initial`", default_factory=dict)

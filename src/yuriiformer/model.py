@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from .cache import KVCache
 from .config import ModelConfig
 from .errors import UserError, unknown
-from .oracle import MLP, Attention
-from .rule import UNIT, Rule, as_streams, find_rule
+from .oracle import ORACLES, Attend, causal
+from .rule import REAL, UNIT, Rule, as_streams, find_rule
 from .splitting import Direction, Splitting, find_splitting
 
 Streams = tuple[Tensor, ...]  # the state first; each (batch, time, width)
@@ -30,12 +30,14 @@ class Substep(nn.Module):
 
     def __init__(self, rule: Rule, config: ModelConfig, layer: int, normed: bool) -> None:
         super().__init__()
-        self.rule, self.options, self.learned = rule, config.options, config.coefficients == "learned"
+        self.rule, self.options = rule, config.options
+        self.free = config.coefficients == "free"  # learned, and not confined to its range
+        self.learned = self.free or config.coefficients == "learned"
         initial = _initial_values(rule, config, layer)
         # All scalars in one 1-D tensor, unbound at use: a 0-d factor leaves the dtype of a stream alone,
         # and sharded training refuses 0-d parameters.
         if initial and self.learned:
-            raw = [rule.coefficients[name].range.raw(value) for name, value in initial.items()]
+            raw = [v if self.free else rule.coefficients[name].range.raw(v) for name, v in initial.items()]
             self.raw = nn.Parameter(torch.tensor(raw))
         elif initial:
             self.register_buffer("fixed", torch.tensor(list(initial.values())))
@@ -49,6 +51,8 @@ class Substep(nn.Module):
             return {}
         if not self.learned:
             return dict(zip(table, self.fixed.unbind(), strict=True))
+        if self.free:
+            return dict(zip(table, self.raw.unbind(), strict=True))
         return {name: table[name].range.value(raw) for name, raw in zip(table, self.raw.unbind(), strict=True)}
 
     def forward(self, streams: Streams, *oracles: object) -> Streams:
@@ -73,14 +77,14 @@ class Layer(nn.Module):
     def __init__(self, rule: Rule, splitting: Splitting, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.rule, self.splitting = rule, splitting
-        self.attn = Attention(config.width, config.heads)
-        self.mlp = MLP(config.width)
+        oracles = ORACLES[config.oracles]
+        self.attn, self.mlp = oracles.attn(config.width, config.heads), oracles.mlp(config.width)
         last = len(splitting.stages) - 1
         normed = {"substep": range(last + 1), "layer": [last], "none": []}[config.velocity_norm]
         self.substeps = nn.ModuleList(Substep(rule, config, index, i in normed) for i in range(last + 1))
 
-    def forward(self, streams: Streams, cache: KVCache | None = None) -> Streams:
-        oracles: dict[str, Direction] = {"attn": partial(self.attn, cache=cache), "mlp": self.mlp}
+    def forward(self, streams: Streams, attend: Attend = causal) -> Streams:
+        oracles: dict[str, Direction] = {"attn": partial(self.attn, attend=attend), "mlp": self.mlp}
         for stage, substep in zip(self.splitting.stages, self.substeps, strict=True):
             asked = oracles.values() if self.rule.whole_layer else (stage.direction(oracles),)
             streams = substep(streams, *asked)
@@ -95,8 +99,8 @@ class Tables(nn.Module):
         self.token = nn.Embedding(config.vocabulary, config.width)
         self.position = nn.Embedding(config.context, config.width)
 
-    def forward(self, ids: Tensor, offset: int) -> Tensor:
-        return self.token(ids) + self.position.weight[offset : offset + ids.shape[1]]
+    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        return self.token(ids) + self.position(positions)
 
 
 class LanguageModel(nn.Module):
@@ -121,7 +125,7 @@ class LanguageModel(nn.Module):
         elif config.velocity_start == "linear":
             self.velocity.extend(nn.Linear(config.width, config.width, bias=False) for _ in velocities)
         self.layers = nn.ModuleList(Layer(self.rule, splitting, config, i) for i in range(config.layers))
-        self.norm = nn.LayerNorm(config.width, bias=False)
+        self.norm = nn.LayerNorm(config.width, bias=ORACLES[config.oracles].bias)
         self._cross_entropy = _cross_entropy
         self.initialise(seed)
 
@@ -134,6 +138,7 @@ class LanguageModel(nn.Module):
         | tables, qkv, up | N(0, 0.02) |
         | out (the residual projections) | N(0, 0.02 / sqrt(2 layers)) |
         | a velocity's linear map | the identity |
+        | biases | 0 |
         | norms, coefficients, scale | as constructed |
         """
         for name, parameter in self.named_parameters():
@@ -144,12 +149,14 @@ class LanguageModel(nn.Module):
                 digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
                 parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
+            elif name.endswith("bias"):
+                parameter.zero_()
 
-    def start(self, ids: Tensor, offset: int) -> Streams:
-        """The streams before the first layer, for tokens at positions offset, offset + 1, ..."""
-        x = self.input(ids, offset)
+    def start(self, ids: Tensor, positions: Tensor) -> Streams:
+        """The streams before the first layer; positions are (time) or (batch, time)."""
+        x = self.input(ids, positions)
         if self.second is not None:
-            x = x + self.second(ids, offset)
+            x = x + self.second(ids, positions)
         if self.x0_scale is not None:
             x = self.x0_scale.unbind()[0] * x
         elif self.config.x0_scale != 1:
@@ -157,7 +164,7 @@ class LanguageModel(nn.Module):
         count = len(self.rule.streams) - 1
         match self.config.velocity_start:
             case "own":
-                return x, *(tables(ids, offset) for tables in self.velocity)
+                return x, *(tables(ids, positions) for tables in self.velocity)
             case "linear":
                 return x, *(linear(x).to(x.dtype) for linear in self.velocity)
             case "x0":
@@ -165,16 +172,21 @@ class LanguageModel(nn.Module):
             case _:
                 return x, *[torch.zeros_like(x)] * count
 
-    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """What the head reads: (batch, time) ids to (batch, time, width)."""
-        streams = self.start(ids, 0 if cache is None else cache.length)
-        for layer in self.layers:
-            # With a cache the lengths change with every call: not worth compiling.
-            streams = layer(streams) if cache is None else layer.forward(streams, cache)
-        if cache is not None:
-            cache.advance(ids.shape[1])
+    def read(self, streams: Streams) -> Tensor:
+        """What the head reads of the streams after the last layer: (batch, time, width)."""
         read = [stream for name, stream in zip(self.rule.streams, streams, strict=True) if name in self.rule.readout]
         return self.norm(sum(read[1:], start=read[0]))
+
+    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """What the head reads for (batch, time) ids, which continue the tokens that the cache holds."""
+        past, time = (0 if cache is None else cache.length), ids.shape[1]
+        streams = self.start(ids, torch.arange(past, past + time, device=ids.device))
+        for layer in self.layers:
+            # With a cache the lengths change with every call: not worth compiling.
+            streams = layer(streams) if cache is None else layer.forward(streams, cache.attend)
+        if cache is not None:
+            cache.advance(time)
+        return self.read(streams)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits by the tied embedding table."""
@@ -279,8 +291,9 @@ def checked(config: ModelConfig) -> ModelConfig:
     for name, value in config.values.items():
         if name not in rule.coefficients:
             raise unknown(f"coefficient of rule {rule.name!r}", name, rule.coefficients)
-        if not rule.coefficients[name].range.holds(value):
-            interval = rule.coefficients[name].range.interval
+        allowed = REAL if config.coefficients == "free" else rule.coefficients[name].range
+        if not allowed.holds(value):
+            interval = allowed.interval
             raise UserError(f"coefficient {name} of rule {rule.name!r} must be in {interval}; got {value!r}.")
     oracle_calls(config)  # runs the rule once: one that cannot run, or returns the wrong streams, is refused here
     return config

@@ -96,7 +96,7 @@ def write_page(comparison: dict[str, Any], path: Path) -> None:
         coefficients={
             arm["name"]: safe(plots.coefficients(arm))
             for arm in arms
-            if arm["coefficients"][0][0][0] and arm["config"]["model"]["coefficients"] == "learned"
+            if arm["coefficients"][0][0][0] and arm["config"]["model"]["coefficients"] in ("learned", "free")
         },
         color=plots.color,
         broken=lambda name: safe(str(escape(name)).replace(",", ",<wbr>")),

@@ -60,28 +60,29 @@ def orthogonalise(x: Tensor, steps: int) -> Tensor:
 
 
 def make_optimizers(model: LanguageModel, config: TrainingConfig) -> list[torch.optim.Optimizer]:
-    """Every parameter in exactly one group: matrices of the layers, tables, norms, learned scalars."""
-    matrices, tables, norms, scalars = [], [], [], []
+    """Every parameter in exactly one group: matrices of the layers, tables, vectors (norms, biases), learned scalars."""
+    matrices, tables, vectors, scalars = [], [], [], []
     for module in model.modules():
         own = list(module.parameters(recurse=False))
         match module:
             case nn.Linear():
-                matrices += own
+                matrices.append(module.weight)
+                vectors += own[1:]
             case nn.LayerNorm():
-                norms += own
+                vectors += own
             case nn.Embedding() | Tables():
                 tables += own
             case Substep() | LanguageModel():
                 scalars += own
             case _ if own:
                 raise UserError(f"module {type(module).__name__} has parameters that belong to no optimiser group.")
-    grouped = {id(p) for group in (matrices, tables, norms, scalars) for p in group}
+    grouped = {id(p) for group in (matrices, tables, vectors, scalars) for p in group}
     assert grouped == {id(p) for p in model.parameters()}
 
     decay = config.weight_decay
     groups = [
         {"params": tables, "lr": config.adamw_lr, "weight_decay": decay},
-        {"params": norms, "lr": config.adamw_lr, "weight_decay": 0.0},
+        {"params": vectors, "lr": config.adamw_lr, "weight_decay": 0.0},
         {"params": scalars, "lr": config.adamw_lr * config.coefficient_lr, "weight_decay": 0.0},
     ]
     if config.optimizer == "adamw":
