@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__, presets
 from .config import Config, flat_keys, load, override
-from .errors import Interrupted, UserError
+from .errors import EnvironmentFault, Interrupted, UserError
 
 if TYPE_CHECKING:
     from .data.corpus import Corpus
@@ -127,6 +127,12 @@ def _parser() -> Parser:
         "--no-cache", action="store_true", help="recompute the whole window for every token (the same text, slower)"
     )
     sub.add_argument("--through", action="store_true", help="go on after an end-of-text token")
+
+    sub = command("export", _export, "write a run as a Hugging Face folder, and check it in a fresh process")
+    sub.add_argument("run_directory", type=Path, metavar="RUN")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    sub.add_argument("--unfinished", action="store_true", help="also a run still in training: its newest checkpoint")
+    sub.add_argument("--json", action="store_true", help="print what the check found")
 
     sub = command("rules", _rules, "list the update rules")
     sub.add_argument(
@@ -335,6 +341,33 @@ def _generate(options: argparse.Namespace) -> None:
             break
         print(stream.step(tokenizer, token) or "", end="", flush=True)
     print()
+
+
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Imports that an optional part of the installation brings."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise EnvironmentFault(
+            f"this needs {error.name}, which is not installed: pip install 'yuriiformer[{name}]'"
+        ) from None
+
+
+def _export(options: argparse.Namespace) -> None:
+    from .training.run import Run
+
+    run = Run(options.run_directory)
+    with _extra("huggingface"):
+        from .export import export
+    checks = export(run, options.out, unfinished=options.unfinished)
+    if options.json:
+        print(json.dumps(checks))
+        return
+    print(
+        f"{options.out}: loaded back in a fresh process; logits differ by at most {checks['logits']:.1e}, "
+        "decoding with a cache equals decoding without."
+    )
 
 
 def _rules(options: argparse.Namespace) -> None:

@@ -64,7 +64,7 @@ def _initial_values(rule: Rule, config: ModelConfig, layer: int) -> dict[str, fl
     """Where the coefficients start (or stay) in a layer, counted from 0."""
     values = {}
     for name, coefficient in rule.coefficients.items():
-        neutral = coefficient.range.value(torch.zeros(())).item()
+        neutral = coefficient.range.value(torch.zeros((), device="cpu")).item()
         values[name] = config.values.get(name, neutral if config.initial == "neutral" else coefficient.default)
         if config.coefficients == "scheduled" and coefficient.range is UNIT:
             values[name] = (layer + 1) / (layer + 4)  # Nesterov's t / (t + 3), t = 1, 2, ...
@@ -109,7 +109,7 @@ class LanguageModel(nn.Module):
     Raises UserError for a configuration that no model has.
     """
 
-    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+    def __init__(self, config: ModelConfig, seed: int | None = 0) -> None:
         super().__init__()
         self.config = config = checked(config)
         self.rule = find_rule(config.rule)
@@ -127,7 +127,8 @@ class LanguageModel(nn.Module):
         self.layers = nn.ModuleList(Layer(self.rule, splitting, config, i) for i in range(config.layers))
         self.norm = nn.LayerNorm(config.width, bias=ORACLES[config.oracles].bias)
         self._cross_entropy = _cross_entropy
-        self.initialise(seed)
+        if seed is not None:  # else the weights are to be loaded, or the tensors are on the meta device
+            self.initialise(seed)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:

@@ -10,14 +10,14 @@ from yuriiformer.rule import all_rules
 ROOT = Path(yuriiformer.__file__).parent
 LAYERS = [
     ["errors"],
-    ["config", "files", "rule"],
+    ["config", "files", "flatten", "rule"],
     ["rules", "splitting", "presets", "progress"],
     ["oracle"],
     ["cache"],
     ["model"],
     ["data", "generate", "huggingface", "theory"],
     ["training"],
-    ["compare", "report", "export", "importing"],
+    ["compare", "report", "export", "export_check", "importing"],
     ["evaluate", "inspection"],
     ["cli"],
     ["__main__"],
