@@ -365,7 +365,8 @@ def _export(options: argparse.Namespace) -> None:
         print(json.dumps(checks))
         return
     print(
-        f"{options.out}: loaded back in a fresh process; logits differ by at most {checks['logits']:.1e}, "
+        f"{options.out}: loaded back in a fresh process; logits differ by at most {checks['logits']:.1e} "
+        "of the largest, "
         "decoding with a cache equals decoding without."
     )
 

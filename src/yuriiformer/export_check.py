@@ -1,6 +1,7 @@
-"""Run as a script in a fresh process: load an exported folder with transformers alone and compute with it.
+"""Run as a script in a fresh process: load exported folders with transformers alone and compute with them.
 
-Arguments: the folder, and a folder with ids.safetensors to write out.safetensors and versions.json into.
+Arguments: a folder with ids.safetensors, which is given out.safetensors and versions.json; and the exported folders,
+whose tensors are numbered in that order.
 """
 
 import json
@@ -11,13 +12,25 @@ from typing import Any
 import safetensors.torch
 import torch
 import transformers
+from torch import Tensor
 
 
 @torch.no_grad()
-def main(folder: str, exchange: str) -> None:
+def main(exchange: str, *folders: str) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    ids = safetensors.torch.load_file(Path(exchange, "ids.safetensors"))["ids"]
+    ids = safetensors.torch.load_file(Path(exchange, "ids.safetensors"))
+    out: dict[str, Tensor] = {}
+    for number, folder in enumerate(folders):
+        out |= {f"{number}.{name}": tensor.contiguous() for name, tensor in compute(folder, ids[str(number)]).items()}
+    safetensors.torch.save_file(out, Path(exchange, "out.safetensors"))
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+    Path(exchange, "versions.json").write_text(json.dumps(versions))
+    assert "yuriiformer.model" not in sys.modules
+
+
+def compute(folder: str, ids: Tensor) -> dict[str, Tensor]:
+    """Logits, those of the first row with padding before it, and greedy tokens with and without a cache."""
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, output_loading_info=True
     )
@@ -32,16 +45,12 @@ def main(folder: str, exchange: str) -> None:
     seen[:, :padding] = 0
     positions = (seen.cumsum(1) - 1).clamp(min=0)
     greedy = {"max_new_tokens": ids.shape[1] // 2, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    out = {
+    return {
         "logits": model(ids).logits,
         "padded": model(padded, attention_mask=seen, position_ids=positions).logits[:, -1],
         "cached": model.generate(ids, **greedy),
         "uncached": model.generate(ids, use_cache=False, **greedy),
     }
-    safetensors.torch.save_file({k: t.contiguous() for k, t in out.items()}, Path(exchange, "out.safetensors"))
-    assert "yuriiformer.model" not in sys.modules
-    versions = {"transformers": transformers.__version__, "torch": torch.__version__}
-    Path(exchange, "versions.json").write_text(json.dumps(versions))
 
 
 if __name__ == "__main__":
