@@ -109,9 +109,12 @@ def _write_tokenizer(tokenizer: Tokenizer, context: int, folder: Path) -> None:
 
 
 @torch.no_grad()
-def check(cores: Sequence[LanguageModel], folders: Sequence[Path]) -> list[dict[str, Any]]:
+def check(
+    cores: Sequence[LanguageModel], folders: Sequence[Path], python: str = sys.executable
+) -> list[dict[str, Any]]:
     """What a fresh process, which knows the folders alone, computes beside what the cores compute.
 
+    python: the interpreter of that process; it needs torch and transformers.
     Raises UserError when they differ.
     """
     generator, ids = torch.Generator().manual_seed(0), {}
@@ -122,7 +125,7 @@ def check(cores: Sequence[LanguageModel], folders: Sequence[Path]) -> list[dict[
         safetensors.torch.save_file(ids, Path(name, "ids.safetensors"))
         script = Path(__file__).with_name("export_check.py")
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(name, "modules"))}
-        command = [sys.executable, "-P", str(script), name, *map(str, folders)]
+        command = [python, "-P", str(script), name, *map(str, folders)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"the export cannot be loaded back: {done.stderr.strip().splitlines()[-1]}")
