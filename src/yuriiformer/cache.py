@@ -9,35 +9,45 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .oracle import attention
+from .oracle import Attend, attention
 
 
 class KVCache:
-    """Room for `room` tokens in each of `slots` attention calls of a forward pass."""
+    """Room for `room` tokens of every row of a batch in each attention call of a forward pass.
 
-    def __init__(self, slots: int, room: int) -> None:
-        self.slots, self.room = slots, room
-        self.length = 0  # tokens held
-        self._memory: list[tuple[Tensor, Tensor]] = []  # per slot, each (batch, heads, room, head width)
-        self._slot = 0  # the next call's
+    padding: how many tokens at the start of each row, (batch), mean nothing; by default none.
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The new tokens' attention to themselves and to all that the slot holds; their keys and values are stored."""
-        batch, heads, new, _ = k.shape
-        if len(self._memory) == self._slot:
-            self._memory.append(tuple(t.new_empty(batch, heads, self.room, t.shape[-1]) for t in (k, v)))  # type: ignore[arg-type]
-        end = self.length + new
-        if end > self.room:
-            raise ValueError(f"{end} tokens do not fit a cache with room for {self.room}")
-        keys, values = (memory[:, :, :end] for memory in self._memory[self._slot])
-        keys[:, :, self.length :], values[:, :, self.length :] = k, v
-        self._slot += 1
-        seen = torch.ones(new, end, dtype=torch.bool, device=q.device).tril(self.length)
-        return attention(q, keys, values, seen)
+    The shapes never change and the length is a tensor, so one compiled graph serves every step of decoding.
+    """
 
-    def advance(self, tokens: int) -> None:
-        """End of a forward pass: its tokens count as held, and the next call is the first again."""
-        if self._slot != self.slots:
-            raise RuntimeError(f"a pass made {self._slot} attention calls; the cache has {self.slots} slots")
-        self.length += tokens
-        self._slot = 0
+    def __init__(self, room: int, device: torch.device, padding: Tensor | None = None) -> None:
+        self.length = torch.zeros((), dtype=torch.long, device=device)  # tokens held
+        self.padding = padding
+        self.memory: list[tuple[Tensor, Tensor]] = []  # a slot each call, (batch, heads, room, head width)
+        self._places = torch.arange(room, device=device)
+
+    def read(self, time: int) -> tuple[Tensor, Attend]:
+        """For the next `time` tokens: their positions, and the attention that stores their keys and values first."""
+        new = self.length + self._places[:time]
+        own, seen = self._places == new[:, None], self._places <= new[:, None]  # (time, room)
+        positions = new
+        if self.padding is not None:
+            # Padding sees itself alone: no row of a softmax may be empty.
+            seen = (seen & (self._places >= self.padding[:, None, None]) | own)[:, None]
+            positions = (new - self.padding[:, None]).clamp(min=0)
+        call = 0
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            nonlocal call
+            if len(self.memory) == call:
+                batch, heads, _, _ = k.shape
+                self.memory.append(tuple(t.new_zeros(batch, heads, len(self._places), t.shape[-1]) for t in (k, v)))  # type: ignore[arg-type]
+            keys, values = self.memory[call]
+            call += 1
+            return attention(q, keys.index_copy_(2, new, k), values.index_copy_(2, new, v), seen)
+
+        return positions, attend
+
+    def advance(self, time: int) -> None:
+        """End of a forward pass: its tokens count as held."""
+        self.length += time

@@ -18,6 +18,8 @@ from .config import Config, flat_keys, load, override
 from .errors import EnvironmentFault, Interrupted, UserError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from .data.corpus import Corpus
 
 
@@ -113,9 +115,10 @@ def _parser() -> Parser:
     sub.add_argument("--fraction", type=float, default=0.05, metavar="X", help="the share held out, default 0.05")
     sub.add_argument("--workers", type=int, metavar="N", help="processes, default one a core")
 
-    sub = command("generate", _generate, "continue a prompt with a trained run")
+    sub = command("generate", _generate, "continue prompts with a trained run")
     sub.add_argument("run_directory", type=Path, metavar="RUN")
-    sub.add_argument("--prompt", default="\n", metavar="TEXT")
+    sub.add_argument("--prompt", action="append", metavar="TEXT", help="several are continued together, as a batch")
+    sub.add_argument("--samples", type=int, default=1, metavar="N", help="continuations of each prompt")
     sub.add_argument("--tokens", type=int, default=200, metavar="N")
     sub.add_argument(
         "--temperature", type=float, default=0.8, metavar="X", help="0 takes the likeliest token; default 0.8"
@@ -126,7 +129,9 @@ def _parser() -> Parser:
     sub.add_argument(
         "--no-cache", action="store_true", help="recompute the whole window for every token (the same text, slower)"
     )
+    sub.add_argument("--compile", action="store_true", help="decode by a compiled graph: for thousands of tokens")
     sub.add_argument("--through", action="store_true", help="go on after an end-of-text token")
+    sub.add_argument("--json", action="store_true", help="print a list of prompts with their continuations")
 
     sub = command("export", _export, "write a run as a Hugging Face folder, and check it in a fresh process")
     sub.add_argument("run_directory", type=Path, metavar="RUN")
@@ -315,29 +320,58 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    if options.tokens < 1:
-        raise UserError(f"--tokens must be at least 1; got {options.tokens}.")
-    from tokenizers.decoders import DecodeStream
-
-    from .data.tokenizer import END_OF_TEXT
-    from .generate import generate
+    for name in ("tokens", "samples"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} must be at least 1; got {getattr(options, name)}.")
+    from .generate import generate_batch
     from .training.run import Run
 
     run = Run(options.run_directory)
     model, complaints = run.load()
     for complaint in complaints:
         print(f"yuriiformer: warning: {complaint}", file=sys.stderr)
+    texts = [text for text in options.prompt or ["\n"] for _ in range(options.samples)]
     tokenizer = run.tokenizer()
-    prompt = tokenizer.encode(options.prompt).ids
-    ids = generate(
-        model, prompt, tokens=options.tokens, temperature=options.temperature, top_k=options.top_k,
-        top_p=options.top_p, seed=options.seed, use_cache=not options.no_cache,
+    steps = generate_batch(
+        model, [tokenizer.encode(text).ids for text in texts], tokens=options.tokens, temperature=options.temperature,
+        top_k=options.top_k, top_p=options.top_p, seed=options.seed, use_cache=not options.no_cache,
+        compiled=options.compile,
     )  # fmt: skip
+    if len(texts) == 1 and not options.json:
+        _stream(texts[0], (ids[0] for ids in steps), tokenizer, options.through)
+        return
+
+    from .data.tokenizer import END_OF_TEXT
+    from .progress import Meter
+
+    rows: list[list[int]] = [[] for _ in texts]
+    with Meter("generating", options.tokens) as meter:
+        for step in steps:
+            for row, token in zip(rows, step, strict=True):
+                row.append(token)
+            meter.advance(1)
+    end = None if options.through else tokenizer.token_to_id(END_OF_TEXT)
+    rows = [row[: row.index(end)] if end in row else row for row in rows]
+    written = [tokenizer.decode(row, skip_special_tokens=False) for row in rows]
+    if options.json:
+        found = zip(texts, rows, written, strict=True)
+        print(json.dumps([{"prompt": p, "text": text, "tokens": len(row)} for p, row, text in found]))
+        return
+    for number, (prompt, text) in enumerate(zip(texts, written, strict=True), 1):
+        print(f"=== {number} of {len(texts)}\n{prompt}{text}")
+
+
+def _stream(prompt: str, ids: Iterator[int], tokenizer: Tokenizer, through: bool) -> None:
+    """Print the prompt, then every token as it comes, to the end of the text."""
+    from tokenizers.decoders import DecodeStream
+
+    from .data.tokenizer import END_OF_TEXT
+
     stream = DecodeStream(skip_special_tokens=False)
-    for shown in prompt:
+    for shown in tokenizer.encode(prompt).ids:
         print(stream.step(tokenizer, shown) or "", end="")
     for token in ids:
-        if token == tokenizer.token_to_id(END_OF_TEXT) and not options.through:
+        if token == tokenizer.token_to_id(END_OF_TEXT) and not through:
             break
         print(stream.step(tokenizer, token) or "", end="", flush=True)
     print()

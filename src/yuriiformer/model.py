@@ -180,11 +180,12 @@ class LanguageModel(nn.Module):
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """What the head reads for (batch, time) ids, which continue the tokens that the cache holds."""
-        past, time = (0 if cache is None else cache.length), ids.shape[1]
-        streams = self.start(ids, torch.arange(past, past + time, device=ids.device))
+        time = ids.shape[1]
+        positions, attend = (torch.arange(time, device=ids.device), causal) if cache is None else cache.read(time)
+        streams = self.start(ids, positions)
         for layer in self.layers:
-            # With a cache the lengths change with every call: not worth compiling.
-            streams = layer(streams) if cache is None else layer.forward(streams, cache.attend)
+            # Layers are compiled for training; decoding has other lengths, and a graph of its own (generate.py).
+            streams = layer(streams) if cache is None else layer.forward(streams, attend)
         if cache is not None:
             cache.advance(time)
         return self.read(streams)
@@ -196,6 +197,10 @@ class LanguageModel(nn.Module):
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """(batch, time) ids to (batch, time, vocabulary) logits. With a cache, ids continue the tokens it holds."""
         return self.head(self.hidden(ids, cache))
+
+    def decode(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """(batch, vocabulary) logits of the next token."""
+        return self.head(self.hidden(ids, cache)[:, -1])
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy in nats per token; targets are the next ids."""
@@ -209,8 +214,8 @@ class LanguageModel(nn.Module):
         self._cross_entropy = torch.compile(_cross_entropy, fullgraph=True, dynamic=False)
 
     def make_cache(self, room: int | None = None) -> KVCache:
-        """An empty cache with a slot for every attention call."""
-        return KVCache(self.config.layers * oracle_calls(self.config)["attn"], room or self.config.context)
+        """An empty cache, by default with room for the whole context."""
+        return KVCache(room or self.config.context, self.input.token.weight.device)
 
     def parameter_counts(self) -> dict[str, int]:
         """Trained parameters by part; they sum to the total."""

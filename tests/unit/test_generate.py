@@ -2,22 +2,29 @@
 
 import pytest
 import torch
+from conftest import SMALL
+from torch._dynamo.testing import CompileCounter
 
 from yuriiformer.config import ModelConfig
 from yuriiformer.errors import UserError
-from yuriiformer.generate import _choose, generate
+from yuriiformer.generate import _choose, generate, generate_batch
 from yuriiformer.model import LanguageModel
+
+
+@torch.no_grad()
+def far_from_initial(model: LanguageModel) -> LanguageModel:
+    """At the initial weights all logits are alike."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.add_(torch.empty(parameter.shape).normal_(0, 0.3, generator=generator))
+    return model
 
 
 @pytest.mark.parametrize(
     "settings", [{"temperature": 0}, {"temperature": 1.3, "seed": 5}, {"top_k": 5}, {"top_p": 0.7, "seed": 2}]
 )
 def test_cache_gives_the_same_tokens_past_the_context(combination, settings):
-    model = LanguageModel(ModelConfig(**combination))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():  # far from the initial weights, where all logits are alike
-        for parameter in model.parameters():
-            parameter.add_(torch.empty(parameter.shape).normal_(0, 0.3, generator=generator))
+    model = far_from_initial(LanguageModel(ModelConfig(**combination)))
     prompt = [3, 1, 4, 1, 5]
     with_cache, without = (list(generate(model, prompt, tokens=60, use_cache=c, **settings)) for c in (True, False))
     assert with_cache == without
@@ -32,14 +39,35 @@ def test_window_keeps_its_newest_half():
     assert ids[15] == next(generate(model, text[17 - 8 : 17], tokens=1, temperature=0))
 
 
-def draws(logits, n=4000, **settings):
-    generator = torch.Generator().manual_seed(0)
-    found = torch.tensor(
-        [
-            _choose(logits, settings.get("temperature", 1.0), settings.get("top_k"), settings.get("top_p"), generator)
-            for _ in range(n)
-        ]
-    )
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"seed": 5, "top_k": 20}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("how", [{}, {"use_cache": False}, {"compiled": True}], ids=["cache", "recompute", "compiled"])
+def test_a_row_of_a_batch_is_what_it_is_alone(settings, how):
+    """Prompts of different lengths, past the context: padding, windows that fill at different times, seeds by row."""
+    model = far_from_initial(LanguageModel(ModelConfig(rule="nesterov", **SMALL | {"layers": 1})))
+    prompts = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8]]
+    together = list(zip(*generate_batch(model, prompts, tokens=40, **settings | how), strict=True))
+    seed = settings.get("seed", 0)
+    for row, prompt in enumerate(prompts):
+        assert list(together[row]) == list(generate(model, prompt, tokens=40, **settings | {"seed": seed + row}))
+
+
+def test_decoding_compiles_one_graph_for_all_steps(combination):
+    model, counter = far_from_initial(LanguageModel(ModelConfig(**combination))), CompileCounter()
+    torch._dynamo.reset()
+    step = torch.compile(model.decode, backend=counter, fullgraph=True, dynamic=False)
+    ids = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for _ in range(2):  # the second cache shares the first one's graph
+            cache = model.make_cache()
+            model.decode(ids[:, :4], cache)
+            logits = [step(ids[:, i : i + 1], cache) for i in range(4, 12)]
+    torch.testing.assert_close(torch.stack(logits, 1), model(ids)[:, 4:], rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 1
+
+
+def draws(logits, n=4000, temperature=1.0, top_k=None, top_p=None):
+    uniform = torch.rand(n, generator=torch.Generator().manual_seed(0))
+    found = _choose(logits.expand(n, -1), temperature, top_k, top_p, uniform)
     return torch.bincount(found, minlength=len(logits)) / n
 
 
