@@ -69,7 +69,7 @@ class YuriiFormerConfig(PreTrainedConfig):
 
 
 class AttentionCall(nn.Module):
-    """What an attention kernel wants to know of the call it serves; it holds no weights."""
+    """One of the attention calls of a forward pass: transformers' cache and the chosen kernel. It holds no weights."""
 
     is_causal, num_key_value_groups = True, 1
 
@@ -78,6 +78,15 @@ class AttentionCall(nn.Module):
         self.config, self.layer_idx = config, number
         self.head_dim = config.head_dim
         self.scaling = config.head_dim**-0.5
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, past: Any, **kwargs: Any) -> Tensor:
+        """(batch, heads, time, head width) each, and so is the answer."""
+        if past is not None:
+            k, v = past.update(k, v, self.layer_idx)
+        kernel = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        y, _ = kernel(self, q, k, v, mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        batch, heads, time, _ = q.shape
+        return y.reshape(batch, time, heads, -1).transpose(1, 2)
 
 
 def eager_attention(
@@ -174,13 +183,13 @@ class YuriiFormerModel(YuriiFormerPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        kwargs |= {"position_ids": position_ids}
+        kwargs |= {"mask": mask, "past": past_key_values, "position_ids": position_ids}
         states = [streams[0]]
         each = len(self.calls) // len(self.core.layers)
         for index, layer in enumerate(self.core.layers):
 
             def step(streams: Streams, layer: nn.Module = layer, first: int = each * index) -> Streams:
-                return layer(streams, self._attend(first, mask, past_key_values, kwargs))
+                return layer(streams, self._attend(first, **kwargs))
 
             streams = self._gradient_checkpointing_func(step, streams) if recompute else step(streams)
             states.append(streams[0])
@@ -193,18 +202,12 @@ class YuriiFormerModel(YuriiFormerPreTrainedModel):
             hidden_states=(*states[:-1], hidden) if output_hidden_states else None,
         )
 
-    def _attend(self, first: int, mask: Any, past: Any, kwargs: dict[str, Any]) -> Attend:
-        """The attention of a layer whose first call has this number: by transformers' cache and chosen kernel."""
+    def _attend(self, first: int, **kwargs: Any) -> Attend:
+        """The attention of a layer whose first call has this number."""
         numbers = itertools.count(first)
-        kernel = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            call = self.calls[next(numbers)]
-            if past is not None:
-                k, v = past.update(k, v, call.layer_idx)
-            y, _ = kernel(call, q, k, v, mask, dropout=0.0, scaling=call.scaling, **kwargs)
-            batch, heads, time, _ = q.shape
-            return y.reshape(batch, time, heads, -1).transpose(1, 2)
+            return self.calls[next(numbers)](q, k, v, **kwargs)
 
         return attend
 
