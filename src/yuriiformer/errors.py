@@ -29,4 +29,7 @@ def unknown(kind: str, got: str, allowed: Iterable[str]) -> UserError:
     names = sorted(allowed)
     near = difflib.get_close_matches(got, names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
+    if len(names) > 100:  # one line stays one line
+        near = difflib.get_close_matches(got, names, n=5)
+        return UserError(f"{kind} {got!r} is not known{hint} Nearest of {len(names):,}: {', '.join(near) or 'none'}")
     return UserError(f"{kind} {got!r} is not known{hint} Known: {', '.join(names)}")

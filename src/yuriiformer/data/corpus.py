@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,15 @@ class Corpus:
         count = max(1, min(sequences, blocks) // batch)
         chosen = np.linspace(0, blocks - 1, count * batch).round().astype(int) * context
         return [self._cut(self.tokens["validation"], part, context) for part in chosen.reshape(count, batch)]
+
+    def whole_validation(self, *, batch: int, context: int) -> Iterator[tuple[Ids, Ids]]:
+        """All held-out tokens in order: batches of blocks side by side, at last the shorter rest."""
+        tokens = self.tokens["validation"]
+        whole, rest = divmod(len(tokens) - 1, context)
+        for first in range(0, whole, batch):
+            yield self._cut(tokens, np.arange(first, min(first + batch, whole)) * context, context)
+        if rest:
+            yield self._cut(tokens, [whole * context], rest)
 
     def _blocks(self, split: str, context: int) -> int:
         tokens = len(self.tokens[split])

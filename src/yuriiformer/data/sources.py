@@ -116,8 +116,8 @@ def _read(path: Path, progress: Progress) -> Iterator[str]:
 def _split(raw: IO[bytes], path: Path) -> Iterator[str]:
     """Documents of a text file, cut at the end-of-text mark, or of a file of JSON lines."""
     lines = _format(path) == ".jsonl"
-    for number, (offset, part) in enumerate(_parts(_unpacked(raw, path), b"\n" if lines else MARK), 1):
-        text = _decode(part, path, offset)
+    for number, (offset, part) in enumerate(_parts(unpacked(raw, path), b"\n" if lines else MARK), 1):
+        text = decode(part, path, offset)
         if text.strip():
             yield _record(text, path, number) if lines else text.strip("\n") + "\n"
 
@@ -136,7 +136,7 @@ def _parts(stream: IO[bytes], mark: bytes) -> Iterator[tuple[int, bytes]]:
     yield offset, bytes(buffer)
 
 
-def _unpacked(raw: IO[bytes], path: Path) -> IO[bytes]:
+def unpacked(raw: IO[bytes], path: Path) -> IO[bytes]:
     match path.suffix:
         case ".xz":
             return lzma.open(raw)
@@ -145,7 +145,7 @@ def _unpacked(raw: IO[bytes], path: Path) -> IO[bytes]:
         case ".bz2":
             return cast(IO[bytes], bz2.open(raw))
         case ".zst":
-            return _needs("zstandard", path).ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+            return needs("zstandard", path).ZstdDecompressor().stream_reader(raw, read_across_frames=True)
         case _:
             return raw
 
@@ -154,17 +154,17 @@ _DAMAGED: tuple[type[Exception], ...] = (lzma.LZMAError, zlib.error, EOFError, O
 
 
 def _zstd_error(path: Path) -> tuple[type[Exception], ...]:
-    return (_needs("zstandard", path).ZstdError,) if path.suffix == ".zst" else ()
+    return (needs("zstandard", path).ZstdError,) if path.suffix == ".zst" else ()
 
 
-def _needs(module: str, path: Path):  # type: ignore[no-untyped-def]
+def needs(module: str, path: Path):  # type: ignore[no-untyped-def]
     try:
         return __import__(module)
     except ImportError:
         raise EnvironmentFault(f"reading {path} needs {module}: pip install 'yuriiformer[data]'") from None
 
 
-def _decode(data: bytes, path: Path, offset: int) -> str:
+def decode(data: bytes, path: Path, offset: int) -> str:
     if b"\0" in data:
         raise UserError(f"{path} is binary: a zero byte at offset {offset + data.index(0)}. Give UTF-8 text.")
     try:
@@ -184,11 +184,11 @@ def _record(line: str, path: Path, number: int) -> str:
 
 
 def _parquet(raw: IO[bytes], path: Path) -> Iterator[str]:
-    _needs("pyarrow", path)
+    needs("pyarrow", path)
     import pyarrow
     import pyarrow.parquet
 
-    source = raw if path.suffix == ".parquet" else io.BytesIO(_unpacked(raw, path).read())
+    source = raw if path.suffix == ".parquet" else io.BytesIO(unpacked(raw, path).read())
     try:
         table = pyarrow.parquet.ParquetFile(source)
         if "text" not in table.schema_arrow.names:
@@ -203,7 +203,7 @@ def _hub(name: str, split: str) -> Iterator[str]:
     """A named data set through the `datasets` extra; without a network, from its local cache."""
     repository, revision, _ = HUB[name]
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    if not _reachable(endpoint):
+    if not reachable(endpoint):
         os.environ["HF_HUB_OFFLINE"] = "1"  # a cached copy serves, and a missing one is told at once
     try:
         import datasets
@@ -220,7 +220,7 @@ def _hub(name: str, split: str) -> Iterator[str]:
         ) from None
 
 
-def _reachable(endpoint: str) -> bool:
+def reachable(endpoint: str) -> bool:
     if getproxies():  # the way out is the proxy's, and cannot be tried like this
         return True
     address = urlparse(endpoint)

@@ -1,0 +1,173 @@
+"""lm-eval's tasks on a Hugging Face folder: each number is the one that lm-eval's own command line gives."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..config import TrainingConfig
+from ..errors import EnvironmentFault, Interrupted, UserError
+from ..files import write_json, write_text
+from ..progress import Meter, console
+from ..training.device import resolve
+from .target import fingerprint, offline, same
+from .tasks import SHOTS, Task, from_files, from_hub, hub_or_cache, manager
+
+SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}
+VERSIONS = ("lm_eval", "transformers", "torch", "datasets", "tokenizers")
+QUIET = {  # lm-eval's and the hub's own bars and notes; the progress is ours
+    "TQDM_DELAY": "1e9", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error", "DATASETS_VERBOSITY": "error", "LMEVAL_LOG_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false",
+}  # fmt: skip
+
+
+def prepare(names: Sequence[str], shots: int | None, data: Path | None, out: Path) -> list[Task]:
+    """The tasks by name, from the hub or from a folder of local files. Raises UserError for one that is not there."""
+    if not find_spec("lm_eval"):
+        raise EnvironmentFault("--tasks needs lm-eval: pip install 'yuriiformer[evaluate]'")
+    if data and not data.is_dir():
+        raise UserError(f"--data {data} is no folder.")
+    os.environ |= QUIET
+    if data:
+        offline()
+    else:
+        hub_or_cache()
+    tasks = []
+    for name in dict.fromkeys(names):
+        usual = SHOTS.get(name) if shots is None else shots
+        tasks.append(from_files(name, usual, data, out / "tasks") if data else from_hub(name, usual))
+    return tasks
+
+
+class Harness:
+    """A model and how it is asked. It is loaded when the first task needs it."""
+
+    def __init__(self, folder: Path, *, batch: int, limit: int | None, trust: bool) -> None:
+        self.folder, self.limit = folder, limit
+        self.options: dict[str, Any] = {
+            "batch_size": batch,
+            "device": resolve(TrainingConfig())[0].device,
+            "trust_remote_code": trust,
+        }
+        self.fingerprint = fingerprint(folder)
+        self._model: Any = None
+
+    def run(self, task: Task, out: Path) -> dict[str, Any]:
+        """Write OUT/TASK.json and, a line each, the documents to OUT/TASK.jsonl, unless they are there.
+
+        Raises Interrupted at Ctrl-C: the batches that were answered are kept.
+        """
+        settings = {
+            "model": self.fingerprint, "task": task.lm_eval_name, "shots": task.shots, "limit": self.limit, "data": task.data,
+            "batch": self.options["batch_size"], "device": self.options["device"], "versions": _versions(),
+        }  # fmt: skip
+        if done := same(out / f"{task.name}.json", settings):
+            return done
+        from .remembering import Memory
+
+        memory = Memory(out / f"{task.name}.partial.jsonl", settings)
+        started = time.monotonic()
+        try:
+            with Meter(task.name, None) as meter:
+                found = self._ask(task, memory, meter)
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped in task {task.name}; {len(memory.answers)} answers are kept.") from None
+        result = {
+            "settings": settings,
+            "results": {name: _metrics(numbers) for name, numbers in found["results"].items()},
+            "documents": {name: counts["effective"] for name, counts in found["n-samples"].items()},
+            "shots": found["n-shot"],
+            "task_versions": found["versions"],
+            "truncated": {"prompts": sum(memory.cut.values()), "of": len(memory.cut)},
+            "differs": task.differs,
+            "seeds": SEEDS,
+            "dtype": str(self._model.model.dtype).removeprefix("torch."),
+            "context": self._model.max_length,
+            "seconds": time.monotonic() - started,
+            "lm_eval": self.command(task),
+        }
+        lines = [_document(name, sample) for name, samples in found["samples"].items() for sample in samples]
+        write_text(out / f"{task.name}.jsonl", "".join(json.dumps(line, default=str) + "\n" for line in lines))
+        write_json(out / f"{task.name}.json", result)
+        memory.path.unlink()
+        return result
+
+    def _ask(self, task: Task, memory: Any, meter: Meter) -> dict[str, Any]:
+        from lm_eval import simple_evaluate
+
+        model = self.model()
+        model.memory, model.meter = memory, meter
+        try:
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+                found = simple_evaluate(
+                    model, tasks=[task.lm_eval_name], num_fewshot=task.shots, limit=self.limit, log_samples=True,
+                    task_manager=manager(task.include_path), batch_size=self.options["batch_size"], **SEEDS,
+                )  # fmt: skip
+        except UserError:
+            raise
+        except Exception as error:  # data sets, templates and metrics each have errors of their own
+            raise UserError(_reason(task, error)) from error
+        return dict(found)
+
+    def model(self) -> Any:
+        """Raises UserError when transformers cannot load the folder."""
+        if self._model is None:
+            from .remembering import RememberingModel
+
+            try:
+                self._model = RememberingModel(pretrained=str(self.folder), **self.options)
+            except Exception as error:  # whatever a damaged file makes transformers raise
+                raise UserError(f"{self.folder} cannot be loaded by transformers: {_first_line(error)}") from error
+        return self._model
+
+    def command(self, task: Task) -> str:
+        """lm-eval's own command line for the same numbers."""
+        arguments = f"pretrained={self.folder}" + (",trust_remote_code=True" if self.options["trust_remote_code"] else "")
+        words = ["lm_eval", "run", "--model", "hf", "--model_args", arguments, "--tasks", task.lm_eval_name]
+        words += ["--include_path", str(task.include_path)] if task.include_path else []
+        words += ["--num_fewshot", str(task.shots)] if task.shots is not None else []
+        words += ["--limit", str(self.limit)] if self.limit is not None else []
+        return shlex.join([*words, "--batch_size", str(self.options["batch_size"]), "--device", self.options["device"]])
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in VERSIONS}
+
+
+def _metrics(numbers: dict[str, Any]) -> dict[str, Any]:
+    """lm-eval's `acc,none` as `acc`; the names of other filters stay."""
+    return {key.removesuffix(",none"): value for key, value in numbers.items() if key != "alias"}
+
+
+def _document(task: str, sample: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a document: who it is, what the model said, and how that was scored."""
+    said = [answer[0] if isinstance(answer, list | tuple) else answer for answer in sample["filtered_resps"]]
+    return {
+        "task": task, "filter": sample["filter"], "id": sample["doc_id"], "document": sample["doc_hash"],
+        "prompt": sample["prompt_hash"], "target": sample["target"], "answers": said,
+        **{metric: sample[metric] for metric in sample["metrics"]},
+    }  # fmt: skip
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _reason(task: Task, error: Exception) -> str:
+    if task.include_path:
+        return f"task {task.name!r} does not run on these files: {type(error).__name__}: {_first_line(error)}"
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        return (
+            f"task {task.name!r} needs its data from the Hugging Face hub, which cannot be reached, and they are not in the "
+            "local cache. Give files with --data FOLDER, or set HF_ENDPOINT to a mirror or HF_HOME to a cache that has them."
+        )
+    return f"task {task.name!r} does not run: {type(error).__name__}: {_first_line(error)}"
