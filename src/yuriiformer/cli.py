@@ -139,6 +139,26 @@ def _parser() -> Parser:
     sub.add_argument("--unfinished", action="store_true", help="also a run still in training: its newest checkpoint")
     sub.add_argument("--json", action="store_true", help="print what the check found")
 
+    sub = command(
+        "evaluate",
+        _evaluate,
+        "validation loss, lm-eval's tasks, and paired tests of two models",
+        "A run is evaluated on its whole validation split; with --tasks, its export is also asked by lm-eval.",
+    )
+    sub.add_argument("target", nargs="?", type=Path, metavar="RUN|FOLDER", help="a run, or a Hugging Face folder")
+    sub.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two that were evaluated: paired tests")
+    sub.add_argument("--tasks", metavar="NAME,...", help="tasks of lm-eval, such as hellaswag,arc_easy")
+    sub.add_argument("--data", type=Path, metavar="FOLDER", help="local files for the tasks, in place of the hub")
+    sub.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
+    sub.add_argument(
+        "--shots", type=int, metavar="N", help="examples in a prompt; default 10 for hellaswag, 25 for arc"
+    )
+    sub.add_argument("--batch", type=int, default=8, metavar="N", help="prompts a forward pass; default 8")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="default: RUN|FOLDER/evaluation; what is there is kept")
+    sub.add_argument("--unfinished", action="store_true", help="also a run still in training: its newest checkpoint")
+    sub.add_argument("--trust-remote-code", action="store_true", help="run the code that a Hugging Face folder brings")
+    sub.add_argument("--json", action="store_true", help="print the results; everything else goes to standard error")
+
     sub = command("rules", _rules, "list the update rules")
     sub.add_argument(
         "--rule", metavar="FILE.py", action="append", default=[], help="also a rule from outside the package"
@@ -403,6 +423,34 @@ def _export(options: argparse.Namespace) -> None:
         "of the largest, "
         "decoding with a cache equals decoding without."
     )
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    if bool(options.target) == bool(options.compare):
+        raise UserError("give a run or a folder to evaluate, or --compare A B.")
+    for name, least in (("limit", 1), ("shots", 0), ("batch", 1)):
+        if (value := getattr(options, name)) is not None and value < least:
+            raise UserError(f"--{name} must be at least {least}; got {value}.")
+    from .progress import console
+    from .report.scores import show_paired, show_scores
+
+    if options.compare:
+        from .evaluate.paired import compare
+
+        found = compare(*options.compare)
+        show_paired(found, console)
+    else:
+        from .evaluate.evaluate import evaluate
+
+        with _go_on("The same command goes on."), _extra("evaluate"):
+            found = evaluate(
+                options.target, tasks=options.tasks.split(",") if options.tasks else [], data=options.data,
+                limit=options.limit, shots=options.shots, batch=options.batch, out=options.out,
+                unfinished=options.unfinished, trust_remote_code=options.trust_remote_code,
+            )  # fmt: skip
+        show_scores(found, console)
+    if options.json:
+        print(json.dumps(found))
 
 
 def _rules(options: argparse.Namespace) -> None:

@@ -48,11 +48,7 @@ def export(run: Run, out: Path, *, unfinished: bool = False) -> dict[str, Any]:
     """
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"{out} is not empty; choose another --out.")
-    if not (run.complete or "imported_from" in run.env or unfinished):
-        raise UserError(
-            f"{run.path} is at step {run.step} of {run.config.training.steps}; finish it with "
-            f"`yuriiformer train --resume {run.path}`, or give --unfinished to export its newest checkpoint."
-        )
+    run.require_complete(unfinished)
     core, _ = run.load()
     tokenizer = run.tokenizer()
     if tokenizer.get_vocab_size() > core.config.vocabulary:

@@ -4,52 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shlex
 import time
-from collections.abc import Sequence
-from importlib.util import find_spec
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ..config import TrainingConfig
-from ..errors import EnvironmentFault, Interrupted, UserError
+from ..errors import Interrupted, UserError
 from ..files import write_json, write_text
-from ..progress import Meter, console
+from ..progress import Meter
 from ..training.device import resolve
-from .target import fingerprint, offline, same
-from .tasks import SHOTS, Task, from_files, from_hub, hub_or_cache, manager
+from .target import fingerprint, same
+from .tasks import Task, manager
 
 SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}
+NO_METRICS = ("name", "alias", "sample_len")
 VERSIONS = ("lm_eval", "transformers", "torch", "datasets", "tokenizers")
-QUIET = {  # lm-eval's and the hub's own bars and notes; the progress is ours
-    "TQDM_DELAY": "1e9", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_VERBOSITY": "error", "DATASETS_VERBOSITY": "error", "LMEVAL_LOG_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false",
-}  # fmt: skip
-
-
-def prepare(names: Sequence[str], shots: int | None, data: Path | None, out: Path) -> list[Task]:
-    """The tasks by name, from the hub or from a folder of local files. Raises UserError for one that is not there."""
-    if not find_spec("lm_eval"):
-        raise EnvironmentFault("--tasks needs lm-eval: pip install 'yuriiformer[evaluate]'")
-    if data and not data.is_dir():
-        raise UserError(f"--data {data} is no folder.")
-    os.environ |= QUIET
-    if data:
-        offline()
-    else:
-        hub_or_cache()
-    tasks = []
-    for name in dict.fromkeys(names):
-        usual = SHOTS.get(name) if shots is None else shots
-        tasks.append(from_files(name, usual, data, out / "tasks") if data else from_hub(name, usual))
-    return tasks
 
 
 class Harness:
     """A model and how it is asked. It is loaded when the first task needs it."""
 
-    def __init__(self, folder: Path, *, batch: int, limit: int | None, trust: bool) -> None:
+    def __init__(self, folder: Path, trust: bool, *, batch: int, limit: int | None) -> None:
         self.folder, self.limit = folder, limit
         self.options: dict[str, Any] = {
             "batch_size": batch,
@@ -100,13 +79,17 @@ class Harness:
         return result
 
     def _ask(self, task: Task, memory: Any, meter: Meter) -> dict[str, Any]:
-        from lm_eval import simple_evaluate
+        from lm_eval import evaluator
 
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        evaluator.get_git_commit_hash = lambda: (
+            None
+        )  # it asks about the current folder, and git answers on our terminal
         model = self.model()
         model.memory, model.meter = memory, meter
         try:
             with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-                found = simple_evaluate(
+                found = evaluator.simple_evaluate(
                     model, tasks=[task.lm_eval_name], num_fewshot=task.shots, limit=self.limit, log_samples=True,
                     task_manager=manager(task.include_path), batch_size=self.options["batch_size"], **SEEDS,
                 )  # fmt: skip
@@ -129,7 +112,9 @@ class Harness:
 
     def command(self, task: Task) -> str:
         """lm-eval's own command line for the same numbers."""
-        arguments = f"pretrained={self.folder}" + (",trust_remote_code=True" if self.options["trust_remote_code"] else "")
+        arguments = f"pretrained={self.folder}" + (
+            ",trust_remote_code=True" if self.options["trust_remote_code"] else ""
+        )
         words = ["lm_eval", "run", "--model", "hf", "--model_args", arguments, "--tasks", task.lm_eval_name]
         words += ["--include_path", str(task.include_path)] if task.include_path else []
         words += ["--num_fewshot", str(task.shots)] if task.shots is not None else []
@@ -138,14 +123,12 @@ class Harness:
 
 
 def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
     return {name: version(name) for name in VERSIONS}
 
 
 def _metrics(numbers: dict[str, Any]) -> dict[str, Any]:
     """lm-eval's `acc,none` as `acc`; the names of other filters stay."""
-    return {key.removesuffix(",none"): value for key, value in numbers.items() if key != "alias"}
+    return {key.removesuffix(",none"): value for key, value in numbers.items() if key not in NO_METRICS}
 
 
 def _document(task: str, sample: dict[str, Any]) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class Memory:
                 self.cut[key] = cut
 
 
-class RememberingModel(HFLM):  # type: ignore[misc]
+class RememberingModel(HFLM):
     """Changes nothing in what lm-eval computes: it counts, writes down, and leaves out what is written down."""
 
     memory: Memory
@@ -107,7 +107,7 @@ class RememberingModel(HFLM):  # type: ignore[misc]
             if arguments is not None:  # lm-eval's own condition: the last token is predicted, never read
                 length = len(context) + len(continuation) - 1
                 self.memory.cut[Memory.key("loglikelihood", arguments)] = length > self.max_length
-        return super()._loglikelihood_tokens(requests, **options)  # type: ignore[no-any-return]
+        return super()._loglikelihood_tokens(requests, **options)
 
     def _model_call(self, *arguments: Any, **options: Any) -> Any:
         self._flush()  # the next batch begins: the one before is whole

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -18,7 +18,11 @@ from ..files import disk_errors, sha256, write_text
 # The shots that are usual for a task; every other task has its own default.
 SHOTS = {"hellaswag": 10, "arc_easy": 25, "arc_challenge": 25}
 # Where lm-eval keeps the tasks that need no search through all of its 10,000 files (some seconds).
-FILES = {"hellaswag": "hellaswag/hellaswag.yaml", "arc_easy": "arc/arc_easy.yaml", "arc_challenge": "arc/arc_challenge.yaml"}
+FILES = {
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "arc_challenge": "arc/arc_challenge.yaml",
+}
 COLUMNS = {
     "hellaswag": {"activity_label", "ctx_a", "ctx_b", "endings", "label"},
     "arc_easy": {"question", "choices", "answerKey"},
@@ -27,7 +31,6 @@ COLUMNS = {
 ROLES = ("training_split", "validation_split", "test_split", "fewshot_split")
 SPLITS = {"train": {"train", "training"}, "validation": {"validation", "valid", "val", "dev"}, "test": {"test"}}
 FORMATS = (".jsonl", ".json", ".parquet", ".txt")
-
 Row = dict[str, Any]
 
 
@@ -39,74 +42,82 @@ class Task:
     lm_eval_name: str
     shots: int | None  # None: the task's own
     include_path: Path | None = None  # the folder of our task files
-    data: dict[str, str] = field(default_factory=dict)  # local file: sha256
+    files: dict[str, str] = field(default_factory=dict)  # what goes into that folder: name and contents
+    data: dict[str, str] = field(default_factory=dict)  # local data: sha256 by name
     differs: list[str] = field(default_factory=list)  # from the stock task on the stock data
 
+    def write(self) -> None:
+        for name, text in self.files.items():
+            assert self.include_path
+            with disk_errors(self.include_path):
+                self.include_path.mkdir(parents=True, exist_ok=True)
+            write_text(self.include_path / name, text)
 
-def from_hub(name: str, shots: int | None) -> Task:
-    """Raises UserError for a name that lm-eval does not know."""
-    _entry(name)
-    return Task(name, name, shots)
 
+def read(names: Sequence[str], shots: int | None, data: Path | None, folder: Path) -> list[Task]:
+    """The tasks by name: from the hub, or from local data by task files for `folder`.
 
-def hub_or_cache() -> None:
-    """Where the hub cannot be reached, say so to its libraries: a cached copy serves, a missing one is told at once."""
-    if not reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
+    Raises UserError for a task that is not known or whose data are not there.
+    """
+    if data and not data.is_dir():
+        raise UserError(f"--data {data} is no folder.")
+    # Where the hub is not wanted or not reached, its libraries are told so before they are imported: a cached copy
+    # serves, and a missing one is reported at once.
+    if data or not reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    tasks = []
+    for name in dict.fromkeys(names):
+        task = Task(name, name, SHOTS.get(name) if shots is None else shots)
+        stock = _entry(name)
+        if data:
+            _read_files(task, stock, data, folder)
+        tasks.append(task)
+    return tasks
 
 
-def from_files(name: str, shots: int | None, folder: Path, out: Path) -> Task:
-    """A task on local data: write `out`/NAME_local.yaml and the data as JSON lines beside it.
+def _read_files(task: Task, stock: Path, data: Path, folder: Path) -> None:
+    """Make it a task on local data: `folder`/NAME_local.yaml, with the data as JSON lines beside it.
 
     The task file includes lm-eval's own and replaces nothing but the data; rows of another layout are turned into the
-    columns that it reads. Raises UserError where files or columns are missing.
+    columns that it reads.
     """
-    stock = _entry(name)
+    name = task.name
+    task.include_path, task.lm_eval_name = folder, f"{name}_local"
     roles = _roles(name, stock)
-    wanted = dict.fromkeys(split for split in roles.values() if split)
-    found = {split: files for split in wanted if (files := _find(name, split, folder))}
+    found = {split: files for split in roles.values() if split and (files := _find(name, split, data))}
     evaluated = roles["test_split"] or roles["validation_split"]
+    examples = roles["fewshot_split"] or roles["training_split"]
     if evaluated not in found:
         raise UserError(
-            f"--data {folder} holds no {evaluated} split of task {name!r}; a file is named by both, such as "
-            f"{name}_{evaluated}.jsonl ({', '.join(FORMATS)}, also {', '.join(COMPRESSED)})."
+            f"--data {data} holds no {evaluated} split of task {name!r}; a file is found by both names in its path, such "
+            f"as {name}_{evaluated}.jsonl ({', '.join(FORMATS)}, also {', '.join(COMPRESSED)})."
         )
-    task = Task(name, f"{name}_local", shots, out)
-    paths = {}
     for split, files in found.items():
-        rows, capital = [], True
-        for file in files:
-            for row in _rows(file):
-                row, whole = _stock_columns(row)
-                capital &= whole
-                rows.append(row)
-        _check(name, rows, files)
-        path = out / f"{name}_{split}.jsonl"
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-        paths[split] = str(path.resolve())
-        task.data |= {file.name: sha256(file) for file in files}
-        if not capital and split == evaluated:
+        rows = [row for file in files for row in _rows(file)]
+        if split == evaluated and any("query" in row for row in rows):
             task.differs.append(
-                "the second part of a context (ctx_b) does not begin with a capital letter, as lm-eval makes it: "
+                "ctx_b, the second part of a context, does not begin with a capital letter, as lm-eval makes it: "
                 "the file does not say where it begins"
             )
-    task.differs.append("the documents are in the order of the file, which decides the few-shot examples")
+        rows = [_stock_columns(row) for row in rows]
+        _check(name, rows, files)
+        task.files[f"{name}_{split}.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows)
+        task.data |= {file.name: sha256(file) for file in files}
+    task.differs.append("the few-shot examples depend on the order of the documents, which is that of the files")
     lines = {role: split if split in found else None for role, split in roles.items() if split}
-    if not any(split in found for split in (roles["fewshot_split"], roles["training_split"])):
+    if examples not in found:
         # lm-eval leaves the evaluated document out of its own examples only where test_split names their split.
         lines = dict.fromkeys(ROLES) | {"test_split": evaluated, "fewshot_split": evaluated}
         task.differs.append(
-            f"there is no {roles['fewshot_split'] or roles['training_split']} split: the few-shot examples come from "
-            f"the {evaluated} split, without the document that is asked"
+            f"there is no {examples} split: the few-shot examples come from the {evaluated} split, without the document "
+            "that is asked"
         )
+    paths = {split: str((folder / f"{name}_{split}.jsonl").resolve()) for split in found}
     settings = {
         "include": str(stock), "task": task.lm_eval_name, "tag": None, "dataset_path": "json", "dataset_name": None,
         "dataset_kwargs": {"data_files": paths}, **lines,
     }  # fmt: skip
-    # JSON is YAML.
-    write_text(out / f"{task.lm_eval_name}.yaml", json.dumps(settings, indent=1) + "\n")
-    return task
+    task.files[f"{task.lm_eval_name}.yaml"] = json.dumps(settings, indent=1) + "\n"  # JSON is YAML
 
 
 def _entry(name: str) -> Path:
@@ -135,7 +146,9 @@ def _roles(name: str, stock: Path) -> dict[str, str | None]:
 
     config = load_yaml(stock, resolve_func=False) if stock.is_file() else {}
     if not (config.get("test_split") or config.get("validation_split")):
-        raise UserError(f"task {name!r} cannot be read from local files: lm-eval has no single task file of its splits.")
+        raise UserError(
+            f"task {name!r} cannot be read from local files: lm-eval has no single task file of its splits."
+        )
     return {role: config.get(role) for role in ROLES}
 
 
@@ -179,7 +192,11 @@ def _rows(file: Path) -> Iterator[Row]:
         yield from _six_lines(text.split("\n"), file)
         return
     try:
-        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.split("\n") if x.strip()]
+        rows = (
+            json.loads(text)
+            if text.lstrip().startswith("[")
+            else [json.loads(x) for x in text.split("\n") if x.strip()]
+        )
     except json.JSONDecodeError as error:
         raise UserError(f"{file} is not JSON: {error}") from None
     for row in rows:
@@ -202,16 +219,16 @@ def _six_lines(lines: list[str], file: Path) -> Iterator[Row]:
         yield {"query": query, "label": label, "endings": endings}
 
 
-def _stock_columns(row: Row) -> tuple[Row, bool]:
-    """A row of one of the reduced layouts in the columns of the hub, and whether nothing was lost by reducing it."""
+def _stock_columns(row: Row) -> Row:
+    """A row of one of the reduced layouts in the columns of the hub."""
     if "query" in row and "endings" in row:
         activity, _, context = row["query"].partition(": ")
-        return {"activity_label": activity, "ctx_a": context, "ctx_b": ""} | {k: row[k] for k in ("endings", "label")}, False
+        return {"activity_label": activity, "ctx_a": context, "ctx_b": ""} | {k: row[k] for k in ("endings", "label")}
     if isinstance(row.get("choices"), list) and isinstance(row.get("answer"), int):
         labels = [chr(ord("A") + i) for i in range(len(row["choices"]))]
         choices = {"text": row["choices"], "label": labels}
-        return {"question": row["question"], "choices": choices, "answerKey": labels[row["answer"]]}, True
-    return row, True
+        return {"question": row["question"], "choices": choices, "answerKey": labels[row["answer"]]}
+    return row
 
 
 def _check(name: str, rows: list[Row], files: list[Path]) -> None:

@@ -60,7 +60,9 @@ def paired_documents(a: Sequence[float], b: Sequence[float], seed: int = 0, resa
     """
     x, y = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     differences, n, generator = y - x, len(x), np.random.default_rng(seed)
-    low, high = np.quantile([differences[generator.integers(n, size=n)].mean() for _ in range(resamples)], [0.025, 0.975])
+    low, high = np.quantile(
+        [differences[generator.integers(n, size=n)].mean() for _ in range(resamples)], [0.025, 0.975]
+    )
     result: dict[str, Any] = {"difference": float(differences.mean()), "low": float(low), "high": float(high)}
     if np.isin([x, y], [0, 1]).all():
         only_a, only_b = int(np.sum(x > y)), int(np.sum(y > x))

@@ -103,6 +103,14 @@ class Run:
     def complete(self) -> bool:
         return (self.path / "summary.json").is_file()
 
+    def require_complete(self, unfinished: bool = False) -> None:
+        """Raises UserError for a run in training, unless an unfinished one will do."""
+        if not (self.complete or "imported_from" in self.env or unfinished):
+            raise UserError(
+                f"{self.path} is at step {self.step} of {self.config.training.steps}; finish it with "
+                f"`yuriiformer train --resume {self.path}`, or give --unfinished to take its newest checkpoint."
+            )
+
     @property
     def step(self) -> int:
         """The step of the newest checkpoint, 0 where there is none."""
