@@ -18,7 +18,7 @@ from ..files import write_json, write_text
 from ..progress import Meter
 from ..training.device import resolve
 from .target import fingerprint, same
-from .tasks import Task, manager
+from .tasks import Task, first_line, manager
 
 SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}
 NO_METRICS = ("name", "alias", "sample_len")
@@ -75,28 +75,26 @@ class Harness:
         lines = [_document(name, sample) for name, samples in found["samples"].items() for sample in samples]
         write_text(out / f"{task.name}.jsonl", "".join(json.dumps(line, default=str) + "\n" for line in lines))
         write_json(out / f"{task.name}.json", result)
-        memory.path.unlink()
+        memory.path.unlink(missing_ok=True)
         return result
 
     def _ask(self, task: Task, memory: Any, meter: Meter) -> dict[str, Any]:
         from lm_eval import evaluator
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        evaluator.get_git_commit_hash = lambda: (
-            None
-        )  # it asks about the current folder, and git answers on our terminal
+        evaluator.get_git_commit_hash = str  # git answers on our terminal, about whatever folder this is
         model = self.model()
         model.memory, model.meter = memory, meter
         try:
             with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
                 found = evaluator.simple_evaluate(
                     model, tasks=[task.lm_eval_name], num_fewshot=task.shots, limit=self.limit, log_samples=True,
-                    task_manager=manager(task.include_path), batch_size=self.options["batch_size"], **SEEDS,
+                    task_manager=manager(task.folder), batch_size=self.options["batch_size"], **SEEDS,
                 )  # fmt: skip
         except UserError:
             raise
-        except Exception as error:  # data sets, templates and metrics each have errors of their own
-            raise UserError(_reason(task, error)) from error
+        except Exception as error:  # data sets, templates and metrics each have errors of their own kind
+            raise task.fault(error) from error
         return dict(found)
 
     def model(self) -> Any:
@@ -107,16 +105,23 @@ class Harness:
             try:
                 self._model = RememberingModel(pretrained=str(self.folder), **self.options)
             except Exception as error:  # whatever a damaged file makes transformers raise
-                raise UserError(f"{self.folder} cannot be loaded by transformers: {_first_line(error)}") from error
+                raise UserError(f"{self.folder} cannot be loaded by transformers: {first_line(error)}") from error
         return self._model
 
     def command(self, task: Task) -> str:
         """lm-eval's own command line for the same numbers."""
-        arguments = f"pretrained={self.folder}" + (
-            ",trust_remote_code=True" if self.options["trust_remote_code"] else ""
-        )
-        words = ["lm_eval", "run", "--model", "hf", "--model_args", arguments, "--tasks", task.lm_eval_name]
-        words += ["--include_path", str(task.include_path)] if task.include_path else []
+        trust = ",trust_remote_code=True" if self.options["trust_remote_code"] else ""
+        words = [
+            "lm_eval",
+            "run",
+            "--model",
+            "hf",
+            "--model_args",
+            f"pretrained={self.folder}{trust}",
+            "--tasks",
+            task.lm_eval_name,
+        ]
+        words += ["--include_path", str(task.folder)] if task.files else []
         words += ["--num_fewshot", str(task.shots)] if task.shots is not None else []
         words += ["--limit", str(self.limit)] if self.limit is not None else []
         return shlex.join([*words, "--batch_size", str(self.options["batch_size"]), "--device", self.options["device"]])
@@ -139,18 +144,3 @@ def _document(task: str, sample: dict[str, Any]) -> dict[str, Any]:
         "prompt": sample["prompt_hash"], "target": sample["target"], "answers": said,
         **{metric: sample[metric] for metric in sample["metrics"]},
     }  # fmt: skip
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _reason(task: Task, error: Exception) -> str:
-    if task.include_path:
-        return f"task {task.name!r} does not run on these files: {type(error).__name__}: {_first_line(error)}"
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
-        return (
-            f"task {task.name!r} needs its data from the Hugging Face hub, which cannot be reached, and they are not in the "
-            "local cache. Give files with --data FOLDER, or set HF_ENDPOINT to a mirror or HF_HOME to a cache that has them."
-        )
-    return f"task {task.name!r} does not run: {type(error).__name__}: {_first_line(error)}"

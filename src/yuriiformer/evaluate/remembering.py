@@ -26,12 +26,14 @@ class Memory:
         self.answers: dict[str, Any] = {}
         self.cut: dict[str, bool] = {}  # whether a prompt was longer than the model sees
         self.batch: list[tuple[str, Any, bool | None]] = []
-        header = json.dumps(settings)
+        self.header = json.dumps(settings)
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-        lines = lines if lines and lines[0] == header else [header]  # of other settings: worthless
-        for line in lines[1:]:
-            self._keep(json.loads(line))
-        write_text(path, "".join(line + "\n" for line in lines))  # without a last line that a kill cut short
+        if lines[:1] == [self.header]:
+            for line in lines[1:]:
+                self._keep(json.loads(line))
+            write_text(path, "".join(line + "\n" for line in lines))  # without a last line that a kill cut short
+        else:
+            path.unlink(missing_ok=True)
 
     @staticmethod
     def key(kind: str, arguments: Any) -> str:
@@ -45,6 +47,8 @@ class Memory:
         """Write a finished batch down; return how many answers it had."""
         batch, self.batch = self.batch, []
         if batch:
+            if not self.path.exists():
+                write_text(self.path, self.header + "\n")
             with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(batch) + "\n")
             self._keep(batch)

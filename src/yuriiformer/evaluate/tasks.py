@@ -41,17 +41,33 @@ class Task:
     name: str  # as the user wrote it
     lm_eval_name: str
     shots: int | None  # None: the task's own
-    include_path: Path | None = None  # the folder of our task files
-    files: dict[str, str] = field(default_factory=dict)  # what goes into that folder: name and contents
+    folder: Path | None  # where its task file is; None: lm-eval has to search
+    files: dict[str, str] = field(default_factory=dict)  # what is written there: contents by name
     data: dict[str, str] = field(default_factory=dict)  # local data: sha256 by name
     differs: list[str] = field(default_factory=list)  # from the stock task on the stock data
 
     def write(self) -> None:
         for name, text in self.files.items():
-            assert self.include_path
-            with disk_errors(self.include_path):
-                self.include_path.mkdir(parents=True, exist_ok=True)
-            write_text(self.include_path / name, text)
+            folder = self.folder or Path()
+            with disk_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / name, text)
+
+    def load(self) -> None:
+        """Raises UserError for a task whose data are not to be had."""
+        try:
+            manager(self.folder).load([self.lm_eval_name])
+        except Exception as error:  # data sets, templates and the hub each have errors of their own
+            raise self.fault(error) from error
+
+    def fault(self, error: Exception) -> UserError:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        if not self.files and os.environ.get("HF_HUB_OFFLINE") == "1":
+            return UserError(
+                f"task {self.name!r} needs its data from the Hugging Face hub, which cannot be reached, and they are not in "
+                "the local cache. Give files with --data FOLDER, or set HF_ENDPOINT to a mirror or HF_HOME to a cache."
+            )
+        return UserError(f"task {self.name!r} does not run{' on these files' if self.files else ''}: {reason}")
 
 
 def read(names: Sequence[str], shots: int | None, data: Path | None, folder: Path) -> list[Task]:
@@ -63,14 +79,17 @@ def read(names: Sequence[str], shots: int | None, data: Path | None, folder: Pat
         raise UserError(f"--data {data} is no folder.")
     # Where the hub is not wanted or not reached, its libraries are told so before they are imported: a cached copy
     # serves, and a missing one is reported at once.
-    if data or not reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
+    alone = data or not reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    if alone:
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     tasks = []
     for name in dict.fromkeys(names):
-        task = Task(name, name, SHOTS.get(name) if shots is None else shots)
         stock = _entry(name)
+        task = Task(name, name, SHOTS.get(name) if shots is None else shots, stock.parent if name in FILES else None)
         if data:
             _read_files(task, stock, data, folder)
+        elif alone:
+            task.load()
         tasks.append(task)
     return tasks
 
@@ -82,7 +101,7 @@ def _read_files(task: Task, stock: Path, data: Path, folder: Path) -> None:
     columns that it reads.
     """
     name = task.name
-    task.include_path, task.lm_eval_name = folder, f"{name}_local"
+    task.folder, task.lm_eval_name = folder, f"{name}_local"
     roles = _roles(name, stock)
     found = {split: files for split in roles.values() if split and (files := _find(name, split, data))}
     evaluated = roles["test_split"] or roles["validation_split"]
@@ -165,6 +184,10 @@ def _find(name: str, split: str, folder: Path) -> list[Path]:
             f"--data {folder} holds more than one {split} split of task {name!r}: {', '.join(f.name for f in found)}. Leave one."
         )
     return found
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _words(text: str) -> str:
