@@ -98,3 +98,15 @@ def cli(tmp_path: Path):
         )
 
     return run
+
+
+def prompts(task, limit: int | None = None) -> list[tuple[str, str]]:
+    """Every prompt of a task of lm-eval, with each of its answers."""
+    from yuriiformer.evaluate.tasks import manager
+
+    task.write()
+    (made,) = manager(task.folder).load([task.lm_eval_name])["tasks"].values()
+    made.set_config(key="num_fewshot", value=task.shots)
+    made.set_fewshot_seed(seed=1234)
+    made.build_all_requests(limit=limit)
+    return [instance.args for instance in made.instances]

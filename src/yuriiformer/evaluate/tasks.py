@@ -51,7 +51,8 @@ class Task:
             folder = self.folder or Path()
             with disk_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-            write_text(folder / name, text)
+            if not (folder / name).is_file() or (folder / name).read_text(encoding="utf-8") != text:
+                write_text(folder / name, text)  # a new date would have `datasets` read it all anew
 
     def load(self) -> None:
         """Raises UserError for a task whose data are not to be had."""
@@ -108,8 +109,8 @@ def _read_files(task: Task, stock: Path, data: Path, folder: Path) -> None:
     examples = roles["fewshot_split"] or roles["training_split"]
     if evaluated not in found:
         raise UserError(
-            f"--data {data} holds no {evaluated} split of task {name!r}; a file is found by both names in its path, such "
-            f"as {name}_{evaluated}.jsonl ({', '.join(FORMATS)}, also {', '.join(COMPRESSED)})."
+            f"--data {data} holds no {evaluated} split of task {name!r}; a file is found by both names, such as "
+            f"{name}_{evaluated}.jsonl ({', '.join(FORMATS)}, also {', '.join(COMPRESSED)})."
         )
     for split, files in found.items():
         rows = [row for file in files for row in _rows(file)]
@@ -134,7 +135,7 @@ def _read_files(task: Task, stock: Path, data: Path, folder: Path) -> None:
     paths = {split: str((folder / f"{name}_{split}.jsonl").resolve()) for split in found}
     settings = {
         "include": str(stock), "task": task.lm_eval_name, "tag": None, "dataset_path": "json", "dataset_name": None,
-        "dataset_kwargs": {"data_files": paths}, **lines,
+        "dataset_kwargs": {"data_files": paths, "cache_dir": str((folder / "cache").resolve())}, **lines,
     }  # fmt: skip
     task.files[f"{task.lm_eval_name}.yaml"] = json.dumps(settings, indent=1) + "\n"  # JSON is YAML
 
@@ -172,13 +173,18 @@ def _roles(name: str, stock: Path) -> dict[str, str | None]:
 
 
 def _find(name: str, split: str, folder: Path) -> list[Path]:
-    """The files whose path names the task and the split; several are one split only as the hub's numbered parts."""
-    found = []
-    for file in sorted(folder.rglob("*")):
-        words = f"_{_words(f'{folder.resolve().name}/{file.relative_to(folder)}')}_"
-        named = any(f"_{word}_" in words for word in SPLITS.get(split, {split}))
-        if file.is_file() and _format(file) in FORMATS and f"_{_words(name)}_" in words and named:
-            found.append(file)
+    """The files whose path names the task and whose own name names the split; several are one split only as the hub's
+    numbered parts."""
+
+    def named(text: str, words: set[str]) -> bool:
+        return any(f"_{_words(word)}_" in f"_{_words(text)}_" for word in words)
+
+    found = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and _format(file) in FORMATS and named(file.name, SPLITS.get(split, {split}))
+        if named(f"{folder.resolve().name}/{file.relative_to(folder)}", {name})
+    ]
     if len(found) > 1 and not all(re.search(r"-\d+-of-\d+\.", file.name) for file in found):
         raise UserError(
             f"--data {folder} holds more than one {split} split of task {name!r}: {', '.join(f.name for f in found)}. Leave one."
