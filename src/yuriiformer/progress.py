@@ -46,7 +46,8 @@ class Meter:
         """Add work done."""
         self.done += amount
         if self._bar:
-            self._bar.update(self._task, completed=self.done, description=f"{self.label} {text}{self._left()}".strip())
+            line = f"{self.label} {text}{self._left()}".strip()
+            self._bar.update(self._task, completed=self.done, total=self.total, description=line)
         elif time.monotonic() - self._printed > LINE_EVERY:
             self._printed = time.monotonic()
             console.print(f"{self.label} {text}{self._left()}".strip(), soft_wrap=True, markup=False)

@@ -1,12 +1,16 @@
 """The README is true: its commands run, in its order, and its code is the code."""
 
 import ast
+import json
 import re
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from yuriiformer.cli import main
+from yuriiformer.report.scores import PAIRED, paired_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -22,26 +26,51 @@ TINY = [
 ]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+# Each page whose commands run, and how many there are at least.
+PAGES = {"README.md": 8, "docs/evaluate.md": 6}
 
 
-def commands() -> list[str]:
-    return [line for block in blocks("bash") for line in block.splitlines() if line]
+def blocks(language: str, page: str = "README.md") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
-def test_every_command_of_the_readme_runs(cli, tmp_path):
-    """In the README's order, in an empty folder; training is cut to three tiny steps."""
+def commands(page: str) -> list[str]:
+    return [line for block in blocks("bash", page) for line in block.splitlines() if line.startswith("yuriiformer")]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_a_page_runs(cli, tmp_path, monkeypatch, capsys, page):
+    """In the page's order, in a folder with the files that it speaks of; training is cut to three tiny steps.
+
+    The README's commands run in processes of their own, those of other pages in this one: imports take long.
+    """
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "my_rule.py").write_text(next(b for b in blocks("python") if b.startswith("# my_rule.py")))
     (tmp_path / "my_text.txt").write_text("A text of my own, long enough to learn something from.\n" * 400)
-    run = [line for line in commands() if line.startswith("yuriiformer")]
-    assert len(run) >= 8
+    (tmp_path / "questions").mkdir()
+    for split, first in (("train", 0), ("test", 30)):
+        questions = [
+            {"question": f"{i} + 1?", "choices": [str(i), str(i + 1)], "answer": 1} for i in range(first, first + 30)
+        ]
+        (tmp_path / "questions" / f"arc_easy_{split}.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    run = commands(page)
+    assert len(run) >= PAGES[page]
     for line in run:
         _, *arguments = shlex.split(line)
         tiny = TINY if arguments[0] in ("compare", "train") else ["--tokens", "5"] if arguments[0] == "generate" else []
-        done = cli(*arguments, *tiny)
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
-    assert (tmp_path / "runs" / "my_rule" / "report.html").is_file()
+        if page == "README.md":
+            done = cli(*arguments, *tiny)
+            assert done.returncode == 0, f"{line}\n{done.stderr}"
+        else:
+            assert main([*arguments, *tiny]) == 0, f"{line}\n{capsys.readouterr().err}"
+    if page == "README.md":
+        assert (tmp_path / "runs" / "my_rule" / "report.html").is_file()
+
+
+def test_the_paired_tests_of_the_evaluation_page_are_the_measured_ones():
+    found = json.loads((ROOT / "results/evaluation/comparison.json").read_text())
+    lines = [PAIRED, ("---",) * len(PAIRED), *paired_rows(found)]
+    assert "".join(f"| {' | '.join(cells)} |\n" for cells in lines) in (ROOT / "docs/evaluate.md").read_text()
 
 
 @pytest.mark.parametrize("target", ["demo", "test", "setup"])

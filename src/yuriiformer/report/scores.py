@@ -33,17 +33,29 @@ def _error_of(metric: str) -> str:
     return f"{name}_stderr{comma}{kind}"
 
 
-def show_paired(found: dict[str, Any], console: Console) -> None:
-    table = Table(
-        "what", "n", "A", "B", "B - A [95 %]", "only A / only B right", "p", title=f"A {found['a']}, B {found['b']}"
-    )
-    for row in found["rows"]:
-        table.add_row(
-            f"{row['task']}: {row['metric']}", f"{row['n']:,}", f"{row['a']:.4f}", f"{row['b']:.4f}",
+PAIRED = ("what", "n", "A", "B", "B - A [95 %]", "only A / only B right", "p")
+
+
+def paired_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The cells of each test, in the order of PAIRED."""
+    return [
+        (
+            f"{row['task']}: {row['metric']}",
+            f"{row['n']:,}",
+            f"{row['a']:.4f}",
+            f"{row['b']:.4f}",
             f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]",
             f"{row['only_a']} / {row['only_b']}" if "only_a" in row else "",
             f"{row['p_value']:.2g}" if "p_value" in row else "",
-        )  # fmt: skip
+        )
+        for row in found["rows"]
+    ]
+
+
+def show_paired(found: dict[str, Any], console: Console) -> None:
+    table = Table(*PAIRED, title=f"A: {found['a']}, B: {found['b']}")
+    for cells in paired_rows(found):
+        table.add_row(*cells)
     _print(table, console)
     console.print(
         "Validation: Student's t over blocks of text. Documents: bootstrap interval, McNemar's exact test.",
