@@ -16,7 +16,8 @@ Key = tuple[Any, ...]
 def compare(a: Path, b: Path) -> dict[str, Any]:
     """b - a wherever both were asked the same. Raises UserError where that is nothing."""
     folders = [_evaluated(path) for path in (a, b)]
-    names = sorted(set.intersection(*({f.stem for f in folder.glob("*.json")} for folder in folders)))
+    both = set.intersection(*({file.stem for file in folder.glob("*.json")} for folder in folders))
+    names = sorted(both, key=lambda name: (name != "validation", name))
     rows = [row for name in names for row in _rows(name, *folders)]
     if not rows:
         raise UserError(f"{a} and {b} were not asked the same: evaluate both on one corpus, or with the same --tasks.")
