@@ -444,7 +444,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
         with _go_on("The same command goes on."), _extra("evaluate"):
             found = evaluate(
-                options.target, tasks=options.tasks.split(",") if options.tasks else [], data=options.data,
+                options.target, tasks=[name.strip() for name in (options.tasks or "").split(",") if name], data=options.data,
                 limit=options.limit, shots=options.shots, batch=options.batch, out=options.out,
                 unfinished=options.unfinished, trust_remote_code=options.trust_remote_code,
             )  # fmt: skip
