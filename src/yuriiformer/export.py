@@ -46,7 +46,7 @@ def export(run: Run, out: Path, *, unfinished: bool = False) -> dict[str, Any]:
     unfinished: also a run that is still in training, from its newest checkpoint.
     Raises UserError when `out` is not empty, the run is not complete, or its tokenizer has more tokens than its model.
     """
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} is not empty; choose another --out.")
     run.require_complete(unfinished)
     core, _ = run.load()
