@@ -1,4 +1,4 @@
-"""One self-contained page: opens from the file system, asks no network."""
+"""The page of a comparison."""
 
 from __future__ import annotations
 
@@ -6,32 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup as safe
 from markupsafe import escape
 
 from ..files import write_text
 from . import plots
+from .skeleton import render
 from .tables import HEADERS, rows
 
-TEMPLATE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>{{ c.arms | map(attribute="name") | join(" · ") }} – YuriiFormer</title>
-<style>
-body { font: 16px/1.55 system-ui, sans-serif; max-width: 66rem; margin: 0 auto; padding: 1rem 1.2rem 4rem; color: #222; background: #fff; }
-h1 { font-size: 1.7rem; margin: .6rem 0; } h2 { font-size: 1.2rem; margin: 2.4rem 0 .4rem; }
-p.say { color: #555; margin: .2rem 0 .6rem; }
-.verdict { background: #f3f6f9; border-left: 4px solid #0072B2; padding: .7rem 1rem; margin: .6rem 0; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .87rem; }
-th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums; }
-th { vertical-align: bottom; } #numbers td { white-space: nowrap; } #numbers td:first-child { white-space: normal; } th:first-child, td:first-child { text-align: left; }
-figure { margin: .4rem 0 1.4rem; max-width: 50rem; } svg { width: 100%; height: auto; }
-pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; white-space: pre-wrap; font-size: .83rem; }
-.prompt { color: #777; } footer { margin-top: 3rem; color: #777; font-size: .85rem; }
-</style>
+TEMPLATE = """{% extends "base" %}
+{% block title %}{{ c.arms | map(attribute="name") | join(" · ") }}{% endblock %}
+{% block style %}#numbers td { white-space: nowrap; } #numbers td:first-child { white-space: normal; }
+.prompt { color: #777; }{% endblock %}
+{% block body %}
 <h1>{{ c.arms | map(attribute="name") | join(" against ") if c.arms | length == 2 else "Comparison of %d arms" % c.arms | length }}</h1>
 <p class="say">{{ c.seeds | length }} seed{{ "s" if c.seeds | length > 1 }} ({{ c.seeds | join(", ") }}), budget {{ "{:,.0f}".format(c.budget.amount) }} {{ c.budget.kind }} an arm and seed,
 the same batches in the same order for every arm. Baseline: <b>{{ c.baseline }}</b>.</p>
@@ -80,15 +67,14 @@ learning rate, so this column is unkind to it. A comparison with a budget in sec
 Python {{ c.machine.python }}, {{ training.precision }}, {{ "compiled" if training.compile == "yes" else "eager" }}. YuriiFormer {{ c.machine.yuriiformer }}.</p>
 {% for arm in c.arms %}<details><summary>Configuration of {{ arm.name }}</summary><pre>{{ recipe(arm.config) }}</pre></details>{% endfor %}
 <footer>Everything on this page is also in comparison.json beside it.</footer>
-</html>
-"""
+{% endblock %}"""
 
 
 def write_page(comparison: dict[str, Any], path: Path) -> None:
     """Write `report.html`."""
     arms = comparison["arms"]
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    html = environment.from_string(TEMPLATE).render(
+    html = render(
+        TEMPLATE,
         c=comparison,
         axes=plots.AXES,
         curves={against: safe(plots.loss_curves(arms, against)) for against in plots.AXES},
