@@ -1,0 +1,1 @@
+"""What happens inside a trained model; docs/inspect.md gives the equation of every quantity."""
