@@ -159,6 +159,13 @@ def _parser() -> Parser:
     sub.add_argument("--trust-remote-code", action="store_true", help="run the code that a Hugging Face folder brings")
     sub.add_argument("--json", action="store_true", help="print the results; everything else goes to standard error")
 
+    sub = command("inspect", _inspect, "look inside one trained run, or two side by side: every quantity along depth")
+    sub.add_argument("run_directories", type=Path, nargs="+", metavar="RUN", help="one or two")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="for inspection.html and .json; default: RUN/inspection")
+    sub.add_argument("--corpus", type=Path, metavar="DIR", help="a prepared corpus in place of the run's own")
+    sub.add_argument("--sequences", type=int, metavar="N", help="validation sequences; default: 2,048 tokens' worth")
+    sub.add_argument("--json", action="store_true", help="print inspection.json; all else goes to standard error")
+
     sub = command("rules", _rules, "list the update rules")
     sub.add_argument(
         "--rule", metavar="FILE.py", action="append", default=[], help="also a rule from outside the package"
@@ -451,6 +458,43 @@ def _evaluate(options: argparse.Namespace) -> None:
         show_scores(found, console)
     if options.json:
         print(json.dumps(found))
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    paths = options.run_directories
+    out = options.out or paths[0] / "inspection"
+    if len(paths) > 2:
+        raise UserError(f"inspect shows one run or two side by side; got {len(paths)}.")
+    if options.sequences is not None and options.sequences < 1:
+        raise UserError(f"--sequences must be at least 1; got {options.sequences}.")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; choose another --out.")
+    from .files import disk_errors, write_json
+    from .inspection.depth import corpus_for, inspect_run, memory_needed, require_memory
+    from .progress import Meter
+    from .report.inspection import labelled, write_page
+    from .training.run import Run
+
+    runs = [Run(path) for path in paths]
+    corpora = [corpus_for(run, options.corpus) for run in runs]
+    with Meter("inspecting", len(runs)) as meter:
+        meter.line(f"about {max(map(memory_needed, runs)) / 1e9:.1f} GB of memory")
+        for run in runs:
+            require_memory(run)
+        found = []
+        for run, corpus in zip(runs, corpora, strict=True):
+            found.append(inspect_run(run, corpus, options.sequences, meter.advance))
+        inspection = {"command": options.command, "runs": labelled(found)}
+        with disk_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "inspection.json", inspection)
+        write_page(inspection, out / "inspection.html")
+        for run in inspection["runs"]:
+            for title, text in run["says"].items():
+                meter.line(f"{run['label']}: {title}: {text}")
+        meter.line(f"Look at {out / 'inspection.html'}")
+    if options.json:
+        print(json.dumps(inspection))
 
 
 def _rules(options: argparse.Namespace) -> None:
