@@ -213,6 +213,35 @@ def test_rule_file_of_a_run_has_changed(fails, tmp_path, corpus):
     line = fails("generate", "run")
     assert "missing or has changed" in line
     assert "put the copy run/rule.py back" in line
+    assert "missing or has changed" in fails("inspect", "run")
+    path.unlink()
+    assert "missing or has changed" in fails("inspect", "run")
+
+
+def test_inspect(fails, tmp_path, corpus, text):
+    assert "no run directory" in fails("inspect", "nowhere")
+    assert "one run or two side by side; got 3" in fails("inspect", "a", "b", "c")
+    assert "--sequences must be at least 1; got 0" in fails("inspect", "a", "--sequences", "0")
+    shutil.copytree(corpus.path, tmp_path / "c")
+    small = ["--set", "training.steps=2", "model.width=16", "model.heads=2", "training.compile=no"]
+    assert main(["train", "--corpus", str(tmp_path / "c"), "--out", str(tmp_path / "run"), *small]) == 0
+    assert "run/config.json is a file" in fails("inspect", "run", "--out", "run/config.json")
+    assert main(["prepare", str(text), "--out", str(tmp_path / "bytes"), "--tokenizer", "bytes"]) == 0
+    assert "bytes has other tokens than run" in fails("inspect", "run", "--corpus", "bytes")
+    shutil.rmtree(tmp_path / "c")
+    assert f"its corpus {tmp_path / 'c'} is gone; give a prepared corpus with --corpus DIR" in fails("inspect", "run")
+    file = tmp_path / "run" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"corpus": ""}))
+    assert "it has no corpus of its own; give a prepared corpus with --corpus DIR" in fails("inspect", "run")
+    shutil.copytree(corpus.path, tmp_path / "c")
+    file.write_text(json.dumps(config | {"model": config["model"] | {"rule": "gradient_descent"}}))
+    assert "holds other tensors than" in fails("inspect", "run")
+    file.write_text(json.dumps(config | {"model": config["model"] | {"context": 1 << 20}}))
+    assert "GB are free" in fails("inspect", "run")
+    file.write_text(json.dumps(config))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_2")
+    assert "has no checkpoint yet" in fails("inspect", "run")
 
 
 @pytest.mark.parametrize("command", ["prepare", "train"])

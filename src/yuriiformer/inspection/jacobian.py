@@ -71,7 +71,7 @@ def asymmetry(j: LinearOperator) -> float:
     """
     pairs = [(j.matvec(z), j.rmatvec(z)) for z in _signs(j)]
     minus, plus = (sum(float(np.sum((right + sign * left) ** 2)) for right, left in pairs) for sign in (-1, 1))
-    return math.sqrt(minus / plus) if plus else math.inf
+    return math.sqrt(minus / plus) if plus else math.inf if minus else 0.0
 
 
 def _signs(j: LinearOperator) -> NDArray:

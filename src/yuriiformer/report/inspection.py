@@ -38,8 +38,9 @@ class Card:
 
 
 def values(run: Run, name: str) -> list[float]:
-    """A series' means, without the places where there is none."""
-    return [m for m in run["series"][name]["mean"] if m is not None]
+    """A series' means, without the places where there is none (an angle to a velocity of 0). {v}: the velocity."""
+    series = run["series"].get(name.format(v=velocity(run)), {"mean": []})
+    return [m for m in series["mean"] if m is not None]
 
 
 def velocity(run: Run) -> str:
@@ -76,6 +77,12 @@ def loss_found(run: Run) -> str:
     return f"{falls(loss[:-1], loss[1:])} ({loss[0]:.2f} → {loss[1]:.2f} → … → {loss[-1]:.2f})"
 
 
+def draw_loss(axes: Axes, runs: Sequence[tuple[int, Run]]) -> None:
+    """From the first layer on: what is read before it would flatten the rest."""
+    series = {index: {key: those[1:] for key, those in run["series"]["loss"].items()} for index, run in runs}
+    line("loss")(axes, [(index, run | {"series": {"loss": series[index]}}) for index, run in runs])
+
+
 def energy_found(run: Run) -> str:
     return falls(values(run, "energy before"), values(run, "energy after"))
 
@@ -103,6 +110,7 @@ def draw_potential(axes: Axes, runs: Sequence[tuple[int, Run]]) -> None:
             change = -np.array(series["mean"], dtype=float)
             label = f"{run['label']} ({oracle})"
             axes.plot(series["at"], change, style, color=RUN_COLORS[index], marker=MARKERS[index], ms=4, label=label)
+    axes.set_yscale("symlog", linthresh=0.1)
 
 
 def of_layers(run: Run, name: str) -> list[float]:
@@ -147,12 +155,17 @@ def draw_spectrum(axes: Axes, runs: Sequence[tuple[int, Run]]) -> None:
     for index, run in runs:
         shift, color = 0.08 * (2 * index - 1) * (len(runs) > 1), RUN_COLORS[index]
         for i, layer in enumerate(run["derivatives"], 1):
-            label = f"{run['label']}: largest singular values" if i == 1 else None
-            axes.plot([i + shift] * len(layer["singular"]), layer["singular"], MARKERS[index], color=color, ms=4, alpha=0.6, label=label)  # fmt: skip
-        radii = [radius(layer) for layer in run["derivatives"]]
-        axes.plot(depth(run), radii, "-", color=color, label=f"{run['label']}: largest |eigenvalue|")
-        axes.plot(depth(run), of_layers(run, "typical"), ":", color=color, label=f"{run['label']}: root mean square")
+            axes.plot(
+                [i + shift] * len(layer["singular"]), layer["singular"], MARKERS[index], color=color, ms=4, alpha=0.6
+            )
+        axes.plot(depth(run), list(map(radius, run["derivatives"])), "-", color=color, label=run["label"])
+        axes.plot(depth(run), of_layers(run, "typical"), ":", color=color)
     axes.set_yscale("log")
+
+
+def draw_turn(axes: Axes, runs: Sequence[tuple[int, Run]]) -> None:
+    axes.axhline(90, color="#999999", lw=1)
+    line("turn")(axes, runs)
 
 
 def draw_entropy(axes: Axes, runs: Sequence[tuple[int, Run]]) -> None:
@@ -168,7 +181,7 @@ def span(name: str, unit: str = "", digits: int = 2) -> Callable[[Run], str]:
     """A series from its first to its last value, with its extremes."""
 
     def found(run: Run) -> str:
-        known = values(run, name.format(v=velocity(run)))
+        known = values(run, name)
         ends = f"{known[0]:.{digits}f}{unit} at first, {known[-1]:.{digits}f}{unit} at last"
         return f"{ends} (between {min(known):.{digits}f} and {max(known):.{digits}f})"
 
@@ -200,9 +213,9 @@ GROUPS: dict[str, tuple[Card, ...]] = {
     "Is depth an optimisation?": (
         Card(
             "Loss after each layer",
-            "The head reads the state after every layer, as it does after the last (“logit lens”).",
+            "The head reads the state after every layer, as it does after the last (“logit lens”); before the first layer only in the line below.",
             "If the layers optimised the loss, it would fall at every one. Nothing in training asks for that.",
-            loss_found, line("loss"), "loss (nats per token)", "The loss falls at every layer",
+            loss_found, draw_loss, "loss (nats per token)", "The loss falls at every layer",
         ),
         Card(
             "Interaction energy E",
@@ -213,7 +226,7 @@ GROUPS: dict[str, tuple[Card, ...]] = {
         Card(
             "Potential energy F",
             "Change of F over a layer: minus the work of the MLP along the layer's move, a line integral between the normalised states. Dashed: the same for attention.",
-            "Below zero the move goes the oracle's way. It is the difference of a potential only where the oracle is a gradient (next plot); else it belongs to this path.",
+            "Below zero the move goes the oracle's way: the least to expect of a move that contains its answer. It is the difference of a potential only where the oracle is a gradient (next plot); else it belongs to this path.",
             potential_found, draw_potential, "change of F per entry", "Every layer lowers its potential energy",
         ),
         Card(
@@ -243,7 +256,7 @@ GROUPS: dict[str, tuple[Card, ...]] = {
         Card(
             "Turning angle", "Between a move and the one before it, mean over tokens.",
             "Moves that know nothing of one another turn by 90° in so many dimensions (grey); momentum means less than that.",
-            span("turn", "°", 0), lambda axes, runs: (axes.axhline(90, color="#999999", lw=1), line("turn")(axes, runs))[1], "degrees",
+            span("turn", "°", 0), draw_turn, "degrees", shown=lambda run: bool(values(run, "turn")),
         ),
         Card(
             "Straightness", "Distance from the start over the length of the path so far, mean over tokens.",
@@ -262,7 +275,7 @@ GROUPS: dict[str, tuple[Card, ...]] = {
             "Angle between v and the oracles", "Between the velocity a substep starts with and what the oracle then answers.",
             "Below 90° the oracle confirms where the state already goes, and momentum builds up; above, it brakes.",
             lambda run: "; ".join(f"{o}: {span(f'angle {{v}} {o}', '°', 0)(run)}" for o in ("attn", "mlp")),
-            line("angle {v} attn", "angle {v} mlp"), "degrees", shown=lambda run: bool(velocity(run)),
+            line("angle {v} attn", "angle {v} mlp"), "degrees", shown=lambda run: bool(values(run, "angle {v} mlp")),
         ),
         Card(
             "Effective step γ/(1−β)", "What a constant direction would add up to, by the learned coefficients of each layer.",
@@ -310,8 +323,8 @@ TEMPLATE = """{% extends "base" %}
 {{ run.model.layers }} layers, width {{ run.model.width }}, {{ run.model.heads }} heads, {{ run.model.oracles }} oracles, checkpoint of step {{ "{:,}".format(run.step) }};
 {{ run.sequences }} validation sequences of {{ "{:,}".format(run.tokens) }} tokens of {{ run.corpus.source }}.</p>
 {% endfor %}
-<p class="say">Read this: a transformer layer is a step of an optimisation method if these statements hold. They are exact for tied, unmasked oracles;
-a trained model is neither, and the table says what is left of them in it.</p>
+<p class="say">What would hold if depth were an optimisation. With oracles that are tied and see all tokens, and a small enough step of plain descent, the statements on
+energies and gradients are theorems; a trained model has neither, and the table says what is left of them in it.</p>
 <div class="scroll"><table id="claims"><tr><th>statement{% for run in runs %}<th>{{ run.label }}{% endfor %}</tr>
 {% for card in cards if card.claim %}<tr><td>{{ card.claim }}{% for run in runs %}<td>{{ run.says[card.title] }}{% endfor %}</tr>
 {% endfor %}</table></div>
