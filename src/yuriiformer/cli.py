@@ -490,6 +490,8 @@ def _inspect(options: argparse.Namespace) -> None:
         write_json(out / "inspection.json", inspection)
         write_page(inspection, out / "inspection.html")
         for run in inspection["runs"]:
+            for complaint in run["warnings"]:
+                meter.line(f"warning: {complaint}")
             for title, text in run["says"].items():
                 meter.line(f"{run['label']}: {title}: {text}")
         meter.line(f"Look at {out / 'inspection.html'}")

@@ -52,8 +52,6 @@ def inspect_run(
     require_memory(run)
     corpus = corpus or corpus_for(run)
     model, complaints = run.load()
-    for complaint in complaints:
-        progress(0, f"warning: {complaint}")
     config = model.config
     count = sequences or max(2, TOKENS // config.context)
     batches = corpus.validation_batches(sequences=count, batch=1, context=config.context)
@@ -79,6 +77,7 @@ def inspect_run(
         "model": as_dict(config),
         "normed": model.rule.normed and config.velocity_norm != "none",
         "step": run.step,
+        "warnings": complaints,
         "corpus": corpus.identity,
         "sequences": len(batches),
         "tokens": config.context,
@@ -130,7 +129,8 @@ def along_depth(model: LanguageModel, ids: Tensor, targets: Tensor, series: Seri
     velocities = model.rule.streams[1:]
     streams = model.start(ids, torch.arange(ids.shape[1]))
     first, path, last = streams[0], torch.zeros(ids.shape), None
-    series.put("loss", 0, read_loss(model, streams, targets))
+    loss = read_loss(model, streams, targets)
+    series.put("loss", 0, loss)
     for name, stream in zip(model.rule.streams, streams, strict=True):
         series.put(f"size {name}", 0, _size(stream))
     for depth, layer in enumerate(cast(list[Layer], model.layers)):
@@ -159,12 +159,16 @@ def along_depth(model: LanguageModel, ids: Tensor, targets: Tensor, series: Seri
                 series.put("turn", at, _angle(last, move))
             last, into = move, out
         x, streams, at = streams[0], after[-1], depth + 1
-        series.put("energy before", at, interaction_energy(layer.attn, x))
-        series.put("energy after", at, interaction_energy(layer.attn, streams[0]))
+        before, after_it = interaction_energy(layer.attn, x), interaction_energy(layer.attn, streams[0])
+        series.put("energy before", at, before)
+        series.put("energy after", at, after_it)
+        series.put("energy change", at, after_it - before)
         for name in ORACLES:
             norm = getattr(layer, name).norm
             series.put(f"work {name}", at, work(inside_norm(layer, name), norm(x), norm(streams[0])))
-        series.put("loss", at, read_loss(model, streams, targets))
+        was, loss = loss, read_loss(model, streams, targets)
+        series.put("loss", at, loss)
+        series.put("loss change", at, loss - was)
     series.put("path length", model.config.layers, path.mean() / math.sqrt(model.config.width))
 
 

@@ -65,26 +65,26 @@ def line(*names: str) -> Callable[[Axes, Sequence[tuple[int, Run]]], None]:
     return draw
 
 
-def falls(before: Sequence[float], after: Sequence[float], what: str = "falls") -> str:
-    """`holds` or where it does not, counted by layers from 1."""
-    rises = [str(i) for i, (a, b) in enumerate(zip(before, after, strict=True), 1) if b >= a]
-    count = f"{what} in {len(before) - len(rises)} of {len(before)} layers"
-    return f"holds: {count}" if not rises else f"does not hold: {count}, not in {', '.join(rises)}"
+def falls(run: Run, change: str, down: int = 1) -> str:
+    """Whether a change by layer is a fall everywhere; the layers where it is not, or is within two standard errors of 0."""
+    series = run["series"][change]
+    rises = [str(i) for i, mean in enumerate(series["mean"], 1) if not down * mean < 0]
+    pairs = zip(series["mean"], series["se"], strict=True)
+    unsure = [str(i) for i, (mean, se) in enumerate(pairs, 1) if se is not None and abs(mean) < 2 * se]
+    count = f"falls in {len(series['mean']) - len(rises)} of {len(series['mean'])} layers"
+    note = f"; within two standard errors of no change: {', '.join(unsure)}" if unsure else ""
+    return (f"does not hold: {count}, not in {', '.join(rises)}" if rises else f"holds: {count}") + note
 
 
 def loss_found(run: Run) -> str:
     loss = values(run, "loss")
-    return f"{falls(loss[:-1], loss[1:])} ({loss[0]:.2f} → {loss[1]:.2f} → … → {loss[-1]:.2f})"
+    return f"{falls(run, 'loss change')} ({loss[0]:.2f} before the first, {loss[1]:.2f} after it, {loss[-1]:.2f} at the end)"
 
 
 def draw_loss(axes: Axes, runs: Sequence[tuple[int, Run]]) -> None:
     """From the first layer on: what is read before it would flatten the rest."""
     series = {index: {key: those[1:] for key, those in run["series"]["loss"].items()} for index, run in runs}
     line("loss")(axes, [(index, run | {"series": {"loss": series[index]}}) for index, run in runs])
-
-
-def energy_found(run: Run) -> str:
-    return falls(values(run, "energy before"), values(run, "energy after"))
 
 
 def draw_energy(axes: Axes, runs: Sequence[tuple[int, Run]]) -> None:
@@ -95,11 +95,6 @@ def draw_energy(axes: Axes, runs: Sequence[tuple[int, Run]]) -> None:
             label = run["label"] if i == 0 else None
             axes.plot([i, i + 1], [before, after], color=RUN_COLORS[index], lw=2, label=label)
             axes.plot(i + 1, after, MARKERS[index], color=RUN_COLORS[index], ms=5)
-
-
-def potential_found(run: Run) -> str:
-    drops = values(run, "work mlp")
-    return falls(drops, [0.0] * len(drops))
 
 
 def draw_potential(axes: Axes, runs: Sequence[tuple[int, Run]]) -> None:
@@ -221,13 +216,13 @@ GROUPS: dict[str, tuple[Card, ...]] = {
             "Interaction energy E",
             "Minus the soft maximum of ⟨query, key⟩ over each token's past. Every layer has its own queries and keys, so its own E: a line goes from E before the layer to E after it.",
             "If attention descended its energy, every line would fall. Real attention has values of its own and only looks back.",
-            energy_found, draw_energy, "E of the layer, before → after", "Every layer lowers its interaction energy",
+            lambda run: falls(run, "energy change"), draw_energy, "E of the layer, before → after", "Every layer lowers its interaction energy",
         ),
         Card(
             "Potential energy F",
             "Change of F over a layer: minus the work of the MLP along the layer's move, a line integral between the normalised states. Dashed: the same for attention.",
             "Below zero the move goes the oracle's way: the least to expect of a move that contains its answer. It is the difference of a potential only where the oracle is a gradient (next plot); else it belongs to this path.",
-            potential_found, draw_potential, "change of F per entry", "Every layer lowers its potential energy",
+            lambda run: falls(run, "work mlp", -1), draw_potential, "change of F per entry", "Every layer lowers its potential energy",
         ),
         Card(
             "Are the oracles gradients?",
@@ -328,7 +323,7 @@ energies and gradients are theorems; a trained model has neither, and the table 
 <div class="scroll"><table id="claims"><tr><th>statement{% for run in runs %}<th>{{ run.label }}{% endfor %}</tr>
 {% for card in cards if card.claim %}<tr><td>{{ card.claim }}{% for run in runs %}<td>{{ run.says[card.title] }}{% endfor %}</tr>
 {% endfor %}</table></div>
-<p class="say">Bands are two standard errors over the sequences of one trained model: they say nothing about another seed. Substeps stand between the layers.
+<p class="say">Bands are two standard errors over the sequences of one trained model: they say nothing about another seed{{ " (and two runs see the same sequences, so their difference is surer than their bands)" if runs | length > 1 }}. Substeps stand between the layers.
 E and F are per token; sizes are root mean squares over a vector's entries, so that models of any width compare. Jacobians are of the first {{ runs[0].jacobian_tokens }} tokens of the first sequence.</p>
 {% for group, members in groups.items() %}{% set seen = members | selectattr("title", "in", plots) | list %}
 <h2>{{ group }}</h2><div class="cards">
