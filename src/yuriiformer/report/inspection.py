@@ -99,13 +99,17 @@ def draw_energy(axes: Axes, runs: Sequence[tuple[int, Run]]) -> None:
 
 def draw_potential(axes: Axes, runs: Sequence[tuple[int, Run]]) -> None:
     axes.axhline(0, color="#444444", lw=1)
+    every: list[float] = []
     for index, run in runs:
         for oracle, style in (("mlp", "-"), ("attn", "--")):
             series = run["series"][f"work {oracle}"]
             change = -np.array(series["mean"], dtype=float)
+            every += np.abs(change).tolist()
             label = f"{run['label']} ({oracle})"
             axes.plot(series["at"], change, style, color=RUN_COLORS[index], marker=MARKERS[index], ms=4, label=label)
-    axes.set_yscale("symlog", linthresh=0.1)
+    middle = float(np.median(every))
+    if 0 < 10 * middle < max(every):  # one layer would flatten the rest
+        axes.set_yscale("symlog", linthresh=10 ** np.floor(np.log10(middle)))
 
 
 def of_layers(run: Run, name: str) -> list[float]:
@@ -319,7 +323,7 @@ TEMPLATE = """{% extends "base" %}
 {{ run.sequences }} validation sequences of {{ "{:,}".format(run.tokens) }} tokens of {{ run.corpus.source }}.</p>
 {% endfor %}
 <p class="say">What would hold if depth were an optimisation. With oracles that are tied and see all tokens, and a small enough step of plain descent, the statements on
-energies and gradients are theorems; a trained model has neither, and the table says what is left of them in it.</p>
+energies and gradients are theorems; an ordinary model has neither, and the table says what is left of them in it.</p>
 <div class="scroll"><table id="claims"><tr><th>statement{% for run in runs %}<th>{{ run.label }}{% endfor %}</tr>
 {% for card in cards if card.claim %}<tr><td>{{ card.claim }}{% for run in runs %}<td>{{ run.says[card.title] }}{% endfor %}</tr>
 {% endfor %}</table></div>
