@@ -129,7 +129,7 @@ def test_stopped_and_gone_on_equals_uninterrupted(evaluated, tiny, data, tmp_pat
     a, b = whole["tasks"]["arc_easy"], parts["tasks"]["arc_easy"]
     assert (a["results"], a["truncated"]) == (b["results"], b["truncated"])
 
-    tokenizer = AutoTokenizer.from_pretrained(tiny.path / "export")
+    tokenizer = AutoTokenizer.from_pretrained(tiny.path / "export", trust_remote_code=True)
     lengths = [
         len(tokenizer("".join(prompt)).input_ids) for prompt in prompts(read(["arc_easy"], 1, data, tmp_path)[0], 10)
     ]

@@ -175,7 +175,7 @@ def test_generation_in_all_its_ways(hf, tokens, folder):
     assert torch.equal(static[0, 9:], alone[0])
     beams = [hf.generate(tokens[:, :9], num_beams=3, use_cache=cached, **greedy) for cached in (True, False)]
     assert torch.equal(*beams)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     text = "a small grey cat"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert tokenizer.eos_token == "<|endoftext|>"
