@@ -23,16 +23,22 @@ def operate(start: ModelConfig, name: str) -> ModelConfig:
     new, old = find_rule(name), find_rule(start.rule)
     if (new.name, new.sha256) == (old.name, old.sha256):
         return dataclasses.replace(start, rule=name)
-    values = reduction(new, old)
-    if values is None or old.coefficients or len(old.streams) > 1 or new.readout != new.streams[:1]:
-        able = [other.name for other in all_rules().values() if reduction(other, old) is not None]
+    values = _equal(new, old)
+    if values is None:
+        able = [rule.name for rule in all_rules().values() if _equal(rule, old) is not None]
         raise UserError(
-            f"rule {name!r} cannot start from a run of {start.rule!r}: it is not known to compute the same function for "
-            f"any coefficients. Known to: {', '.join([start.rule, *([] if old.coefficients else able)])}"
+            f"rule {name!r} cannot start from a run of {start.rule!r}: what it reduces to does not lead there, to a rule "
+            f"without velocity and coefficients. Rules that can: {', '.join([start.rule, *able])}"
         )
     return dataclasses.replace(
         start, rule=name, options={}, coefficients="free", values=values, velocity_start="zeros", velocity_norm="none"
     )
+
+
+def _equal(new: Rule, old: Rule) -> dict[str, float] | None:
+    """The coefficients at which `new` is the whole of a model that `old` is now, its readout included."""
+    bare = old.streams == old.readout and not old.coefficients
+    return reduction(new, old) if bare and new.readout == new.streams[:1] else None
 
 
 def reduction(rule: Rule, to: Rule) -> dict[str, float] | None:
