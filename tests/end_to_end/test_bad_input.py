@@ -123,7 +123,7 @@ def test_import(fails, gpt2_folder, tmp_path, monkeypatch):
     (tmp_path / "ckpt.pt").write_bytes(b"no checkpoint")
     assert "add --trust if you know where it comes from" in fails("import", "ckpt.pt", "--out", "run")
     assert "is no checkpoint of torch" in fails("import", "ckpt.pt", "--out", "run", "--trust")
-    assert "they do not match" in fails("import", gpt2_folder, "--out", "run", "--tokenizer", _tokenizer(tmp_path, 200))
+    assert "they do not match" in fails("import", gpt2_folder, "--out", "run", "--tokenizer", _tokenizer(tmp_path, 100))
     assert "b.json does not exist" in fails("import", gpt2_folder, "--out", "run", "--tokenizer", "b.json")
     (tmp_path / "run").mkdir()
     assert "exists already" in fails("import", gpt2_folder, "--out", "run")
