@@ -256,7 +256,7 @@ def _from_hub(name: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise EnvironmentFault(
-            f"{name} is no folder here, and to look on the hub needs huggingface_hub: pip install 'yuriiformer[data]'"
+            f"{name} is no folder here, and to look on the hub needs huggingface_hub: pip install 'yuriiformer[huggingface]'"
         ) from None
     errors = []
     for local in (True, False):
