@@ -6,6 +6,7 @@ as tensors and plain values: one that carries code is refused, not run.
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from .config import Config, ModelConfig, TrainingConfig
 from .data.corpus import TOKENIZER
+from .data.sources import reachable
 from .data.tokenizer import byte_level_bpe, make_tokenizer, read_tokenizer
 from .errors import EnvironmentFault, UserError
 from .files import read_json, sha256
@@ -31,7 +33,6 @@ from .training.run import Run
 
 WEIGHTS, INDEX, PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 HUB_FILES = ["config.json", "*.safetensors", INDEX, TOKENIZER, "vocab.json", "merges.txt"]
-HUB_PATIENCE = 5.0  # seconds to wait for the hub's first answer
 PADDING = 128  # a table may have so many rows more than the tokenizer has tokens
 
 # Our names and GPT-2's; `layers.N` is its `h.N`.
@@ -258,16 +259,12 @@ def _from_hub(name: str) -> Path:
         raise EnvironmentFault(
             f"{name} is no folder here, and to look on the hub needs huggingface_hub: pip install 'yuriiformer[huggingface]'"
         ) from None
-    errors = []
-    for local in (True, False):
+    problem = "no network"
+    for local in [True, False] if reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co")) else [True]:
         try:
-            folder = snapshot_download(
-                name, allow_patterns=HUB_FILES, local_files_only=local, etag_timeout=HUB_PATIENCE
-            )
-            if not local or list(Path(folder).glob("*.safetensors")):  # a cache may hold the config alone
-                return Path(folder)
-        except Exception as error:  # of many kinds: no network, no such name, not allowed
-            errors.append(_first_line(error))
-    raise UserError(
-        f"{name} is no folder here, and the hub did not give it ({errors[-1]}). Name a folder that holds it."
-    )
+            folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=local))
+            if not local or list(folder.glob("*.safetensors")):  # a cache may hold the config alone
+                return folder
+        except Exception as error:  # of many kinds: no such name, not allowed, offline mode
+            problem = problem if local else _first_line(error)
+    raise UserError(f"{name} is no folder here, and the hub did not give it ({problem}). Name a folder that holds it.")

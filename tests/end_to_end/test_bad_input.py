@@ -117,7 +117,8 @@ def test_config_file(train, tmp_path):
 
 def test_import(fails, gpt2_folder, tmp_path, monkeypatch):
     """Each kind of bad source through the command line; the rest of what is refused: tests/unit/test_importing.py."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
+    assert "and the hub did not give it (no network)" in fails("import", "gpt2-nowhere", "--out", "run")
     assert "nothing/at/all does not exist" in fails("import", "nothing/at/all", "--out", "run")
     assert "has no config.json" in fails("import", tmp_path, "--out", "run")
     (tmp_path / "ckpt.pt").write_bytes(b"no checkpoint")

@@ -272,11 +272,22 @@ def test_a_pt_that_is_no_checkpoint_or_carries_code_is_refused(tmp_path, tokeniz
     refused(r"wpe.weight .* has shape \(16, 24\); its config asks for \(8, 24\)")
 
 
-def test_a_name_that_is_no_folder_is_looked_for_on_the_hub(tmp_path, monkeypatch):
+def test_a_name_that_is_no_folder_is_looked_for_on_the_hub(gpt2_folder, tmp_path, monkeypatch):
+    """Without a network: the hub's cache serves, and what it lacks is told at once."""
     pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="gpt2-nowhere is no folder here, and the hub did not give it"):
-        import_run("gpt2-nowhere", tmp_path / "run")
-    with pytest.raises(UserError, match="does not exist"):
-        import_run("some/where/else", tmp_path / "run")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    cached = tmp_path / "cache" / "models--someone--tiny"
+    shutil.copytree(gpt2_folder, cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    run = import_run("someone/tiny", tmp_path / "run")
+    ids = torch.arange(32)[None]
+    assert torch.equal(logits(run, ids), logits(import_run(str(gpt2_folder), tmp_path / "same"), ids))
+    with pytest.raises(UserError, match=r"someone/other is no folder here, and .* did not give it \(no network\)"):
+        import_run("someone/other", tmp_path / "other")
+    (cached / "snapshots" / "abc" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"did not give it \(no network\)"):
+        import_run("someone/tiny", tmp_path / "other")
+    with pytest.raises(UserError, match="some/where/else does not exist"):
+        import_run("some/where/else", tmp_path / "other")
