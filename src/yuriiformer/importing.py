@@ -24,7 +24,7 @@ from .config import Config, ModelConfig, TrainingConfig
 from .data.corpus import TOKENIZER
 from .data.sources import reachable
 from .data.tokenizer import byte_level_bpe, make_tokenizer, read_tokenizer
-from .errors import EnvironmentFault, UserError
+from .errors import EnvironmentFault, UserError, unknown
 from .files import read_json, sha256
 from .model import LanguageModel, checked
 from .presets import BASELINE
@@ -97,42 +97,44 @@ def import_run(source: str, out: Path, *, tokenizer: str | None = None, trust: b
 
 
 def _hugging_face(folder: Path, trust: bool) -> Found:
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder} has no config.json: it is no Hugging Face folder. A nanoGPT checkpoint is named itself."
-        )
-    config = read_json(folder / "config.json")
+    where = folder / "config.json"
+    if not where.is_file():
+        raise UserError(f"{folder} has no config.json: it is no Hugging Face folder. Name nanoGPT's checkpoint itself.")
+    config = read_json(where)
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind != "gpt2":
-        raise UserError(f"{folder / 'config.json'} says model_type {kind!r}; only 'gpt2' can be imported.")
+        raise UserError(f"{where} says model_type {kind!r}; only 'gpt2' can be imported.")
     for key, value in FIXED.items():
         if (got := config.get(key, value)) != value:
-            raise UserError(f"{folder / 'config.json'} says {key} {got!r}; only {value!r} can be imported.")
-    activation = config.get("activation_function", "gelu_new")
+            raise UserError(f"{where} says {key} {got!r}; only {value!r} can be imported.")
+    activation = str(config.get("activation_function", "gelu_new"))
     if activation not in GELUS:
-        raise UserError(f"{folder / 'config.json'} says activation_function {activation!r}; known: {', '.join(GELUS)}.")
-    model = _model(config, "n_positions", GELUS[activation], folder / "config.json")
+        raise unknown(f"{where}: activation_function", activation, GELUS)
+    model = _model(config, "n_positions", GELUS[activation], where)
     if (inner := config.get("n_inner")) not in (None, 4 * model.width):
-        raise UserError(
-            f"{folder / 'config.json'} says n_inner {inner}; only {4 * model.width}, 4 * n_embd, can be imported."
-        )
-
-    if (folder / INDEX).is_file():
-        files = _shards(folder / INDEX)
-    elif (folder / WEIGHTS).is_file():
-        files = [folder / WEIGHTS]
-    elif (folder / PICKLE).is_file():
-        pickled = _pickle(folder / PICKLE, trust)
-        return Found(model, _plain(pickled, folder / PICKLE), True, [folder / PICKLE], _own_tokenizer(folder))
-    else:
-        raise UserError(f"{folder} holds no weights: no {WEIGHTS}, {INDEX} or {PICKLE}.")
+        raise UserError(f"{where} says n_inner {inner}; only {4 * model.width}, 4 * n_embd, can be imported.")
+    files = _weights(folder)
     tensors: dict[str, Tensor] = {}
     for file in files:
-        try:
-            tensors |= safetensors.torch.load_file(file)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise UserError(f"{file} cannot be read, it may be cut short: {error}") from None
-    return Found(model, _plain(tensors, folder), True, files, _own_tokenizer(folder))
+        tensors |= _plain(_pickle(file, trust) if file.name == PICKLE else _safetensors(file), file)
+    return Found(model, tensors, True, files, _own_tokenizer(folder))
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files that hold a folder's weights: those of an index, else one."""
+    if (index := folder / INDEX).is_file():
+        return _shards(index)
+    for name in (WEIGHTS, PICKLE):
+        if (folder / name).is_file():
+            return [folder / name]
+    raise UserError(f"{folder} holds no weights: no {WEIGHTS}, {INDEX} or {PICKLE}.")
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read, it may be cut short: {error}") from None
 
 
 def _shards(index: Path) -> list[Path]:
@@ -177,7 +179,10 @@ def _first_line(error: Exception) -> str:
 
 def _plain(tensors: Any, where: Path) -> dict[str, Tensor]:
     """By GPT-2's own names: without the prefixes that a compiled model or a language-model head's class puts before."""
-    if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
+    named = isinstance(tensors, Mapping) and all(
+        isinstance(n, str) and isinstance(t, Tensor) for n, t in tensors.items()
+    )
+    if not named:
         raise UserError(f"{where} holds something else than named tensors.")
     return {name.removeprefix("_orig_mod.").removeprefix("transformer."): t for name, t in tensors.items()}
 

@@ -177,7 +177,7 @@ def test_vocabulary_and_merges_are_a_tokenizer(folder, tmp_path, tokenizer):
     [
         ({"model_type": "llama"}, "model_type 'llama'; only 'gpt2'"),
         ({"n_inner": 48}, "n_inner 48; only 96"),
-        ({"activation_function": "relu"}, "activation_function 'relu'"),
+        ({"activation_function": "relu"}, "activation_function 'relu' is not known"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon 1e-06; only 1e-05"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True; only False"),
         ({"scale_attn_weights": False}, "scale_attn_weights False; only True"),
@@ -264,8 +264,9 @@ def test_a_pt_that_is_no_checkpoint_or_carries_code_is_refused(tmp_path, tokeniz
         torch.save(other, path)
         refused("is no nanoGPT checkpoint: it has no 'model' and 'model_args'")
     model = NanoGPT(bias=False)
-    model.checkpoint(path, model={"wte.weight": 3})
-    refused("holds something else than named tensors")
+    for state in ({"wte.weight": 3}, {1: torch.ones(2)}, [torch.ones(2)]):
+        model.checkpoint(path, model=state)
+        refused("holds something else than named tensors")
     model.checkpoint(path, model_args=model.arguments | {"bias": True})
     refused("has no tensor h.0.ln_1.bias, which its config asks for")
     model.checkpoint(path, model_args=model.arguments | {"block_size": 8})
