@@ -127,6 +127,9 @@ def test_a_resumed_run_needs_its_start_no_more_and_a_new_one_needs_the_same(base
     newest.rename(tmp_path / "moved")
     with pytest.raises(UserError, match=r"config key start: .* has other weights now"):
         late.build()
+    shutil.rmtree(start.path)
+    with pytest.raises(UserError, match=r"config key start: .*start is no run directory"):
+        late.build()
     train(cut, Stop())
     states = [run.load()[0].state_dict() for run in (whole, cut)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

@@ -173,8 +173,12 @@ class Run:
 
     def _start(self, model: LanguageModel) -> None:
         """Copy every tensor of the start run; what the model has besides (coefficients, tables) keeps its own start."""
-        start, wanted = Run(Path(self.config.start)), self.env.get("start", {})
-        if start.weights["sha256"] != wanted.get("sha256"):
+        try:
+            start = Run(Path(self.config.start))
+            found = start.weights["sha256"]
+        except UserError as error:
+            raise UserError(f"config key start: {error}") from None
+        if found != self.env.get("start", {}).get("sha256"):
             raise UserError(f"config key start: {start.path} has other weights now than those {self.path} starts from.")
         tensors, own = start.load()[0].state_dict(), model.state_dict()
         if foreign := [name for name, t in tensors.items() if name not in own or own[name].shape != t.shape]:
