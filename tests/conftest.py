@@ -114,7 +114,8 @@ def prompts(task, limit: int | None = None) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="session")
 def gpt2_folder(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small GPT-2 with random weights and biases as transformers saves it, with the corpus's tokenizer."""
+    """A GPT-2 with random weights and biases as transformers saves it, with the corpus's tokenizer; of the size that
+    the pages' commands are cut to."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: dev)")
     sizes = {"vocab_size": 320, "n_positions": 32, "n_embd": 24, "n_layer": 2, "n_head": 3}
     torch.manual_seed(0)
