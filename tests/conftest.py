@@ -110,3 +110,20 @@ def prompts(task, limit: int | None = None) -> list[tuple[str, str]]:
     made.set_fewshot_seed(seed=1234)
     made.build_all_requests(limit=limit)
     return [instance.args for instance in made.instances]
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2 with random weights and biases as transformers saves it, with the corpus's tokenizer; of the size that
+    the pages' commands are cut to."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: dev)")
+    sizes = {"vocab_size": 320, "n_positions": 32, "n_embd": 24, "n_layer": 2, "n_head": 3}
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape), alpha=0.1)
+    folder = tmp_path_factory.mktemp("hub") / "gpt2_folder"
+    model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes((corpus.path / "tokenizer.json").read_bytes())
+    return folder

@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -109,11 +110,21 @@ def _parser() -> Parser:
         "--tokenizer",
         default="bpe:1024",
         metavar="NAME",
-        help="bpe:SIZE (trained on the corpus), bytes, gpt2, gpt2:FOLDER; default bpe:1024",
+        help="bpe:SIZE (trained on the corpus), bytes, gpt2, gpt2:FOLDER, FILE.json; default bpe:1024",
     )
     sub.add_argument("--validation", metavar="SOURCE", help="held-out text of its own; else a share is held out")
     sub.add_argument("--fraction", type=float, default=0.05, metavar="X", help="the share held out, default 0.05")
     sub.add_argument("--workers", type=int, metavar="N", help="processes, default one a core")
+
+    sub = command("import", _import, "make a run of a GPT-2: a Hugging Face folder, or nanoGPT's ckpt.pt")
+    sub.add_argument(
+        "source", metavar="SOURCE", help="a folder with config.json and weights, a ckpt.pt, or a hub's name"
+    )
+    sub.add_argument("--out", type=Path, required=True, metavar="RUN", help="the new run directory")
+    sub.add_argument(
+        "--tokenizer", metavar="NAME", help="gpt2, gpt2:FOLDER, bytes, FILE.json; default: the folder's own"
+    )
+    sub.add_argument("--trust", action="store_true", help="read a pickle (.pt, .bin), as tensors and plain values only")
 
     sub = command("generate", _generate, "continue prompts with a trained run")
     sub.add_argument("run_directory", type=Path, metavar="RUN")
@@ -180,6 +191,14 @@ def _recipe_arguments(sub: Parser) -> None:
         metavar="DIR|SOURCE",
         help="a prepared corpus, or a source to prepare; default stdlib",
     )
+    sub.add_argument(
+        "--from",
+        type=Path,
+        dest="start",
+        metavar="RUN",
+        help="start from the weights of a run, with its model and tokenizer, and on the next seed; an arm of another rule "
+        "first computes exactly the same function",
+    )
     sub.add_argument("--config", type=Path, metavar="FILE", help="a .toml or .json file of config keys")
     sub.add_argument(
         "--set",
@@ -202,8 +221,14 @@ def _keys() -> str:
 
 
 def _base(options: argparse.Namespace) -> Config:
-    """The demo's config with the file's and the command line's keys over it."""
+    """The demo's config, with the model of a start run, and the file's and the command line's keys over it."""
     config = presets.demo()
+    if options.start:
+        from .training.run import Run
+
+        run = Run(options.start).config
+        training = replace(config.training, seed=run.training.seed + 1)  # other batches than the run has seen
+        config = replace(config, start=str(options.start), model=run.model, training=training)
     if options.config:
         config = load(options.config, config)
     assignments = {}
@@ -212,12 +237,15 @@ def _base(options: argparse.Namespace) -> Config:
         if not equals:
             raise UserError(f"--set {text!r} must be KEY=VALUE.")
         assignments[key] = value
-    return override(config, assignments)
+    config = override(config, assignments)
+    if config.start != str(options.start or ""):
+        raise UserError(f"give the start run as an option of its own: --from {config.start}")
+    return config
 
 
-def _corpus(source: str | None, beside: Path) -> Corpus:
+def _corpus(source: str | None, beside: Path, start: Path | None) -> Corpus:
     """A corpus by its directory, or prepared once from a source into a folder beside what is made with it."""
-    from .data.corpus import MANIFEST, Corpus
+    from .data.corpus import MANIFEST, TOKENIZER, Corpus
     from .data.sources import Source
 
     source = source or "stdlib"
@@ -232,7 +260,7 @@ def _corpus(source: str | None, beside: Path) -> Corpus:
                 f"{made} was prepared from another {source!r} ({corpus.manifest['source']}); choose another --out."
             )
         return corpus
-    return _prepared(source, made, "bpe:1024", None, 0.05, None)
+    return _prepared(source, made, str(start / TOKENIZER) if start else "bpe:1024", None, 0.05, None)
 
 
 def _prepared(
@@ -268,7 +296,9 @@ def _compare(options: argparse.Namespace) -> None:
     base = _base(options)
     if options.seeds < 1:
         raise UserError(f"--seeds must be at least 1; got {options.seeds}.")
-    names = options.arms or list(presets.DEMO_ARMS)
+    if options.start and options.controls:
+        raise UserError("--controls change what the start run computes; leave them out with --from.")
+    names = options.arms or list(presets.START_ARMS if options.start else presets.DEMO_ARMS)
     given = [
         (kind, getattr(options, kind)) for kind in ("tokens", "flops", "seconds") if getattr(options, kind) is not None
     ]
@@ -283,12 +313,12 @@ def _compare(options: argparse.Namespace) -> None:
     if given and not 0 < given[0][1] < math.inf:
         raise UserError(f"--{given[0][0]} must be a positive number; got {given[0][1]:g}.")
     kind, amount = given[0] if given else ("tokens", training.steps * training.batch * base.model.context)
-    missing = controls(names)
+    missing = [] if options.start else controls(names)
     if options.controls:
         names, missing = [*names, *missing], []
     arms = [parse_arm(name, base) for name in names]
     seeds = range(training.seed, training.seed + options.seeds)
-    corpus = _corpus(options.corpus, options.out)
+    corpus = _corpus(options.corpus, options.out, options.start)
     with Stop().on_signals() as stop, _go_on("The same command goes on."):
         compare(arms, seeds, Budget(kind, amount), corpus, options.out, options.command, stop)
 
@@ -327,7 +357,7 @@ def _train(options: argparse.Namespace) -> None:
     from .training.run import Run, definite
 
     if options.resume:
-        given = [n for n in ("arm", "rule", "splitting", "corpus", "config", "set") if getattr(options, n)]
+        given = [n for n in ("arm", "rule", "splitting", "corpus", "start", "config", "set") if getattr(options, n)]
         if given:
             raise UserError(f"a resumed run keeps its own {given[0]}; leave it out, or start a new run with --out.")
         run, line = Run(options.resume), f"going on with {options.resume}"
@@ -336,7 +366,7 @@ def _train(options: argparse.Namespace) -> None:
         rule, _, splitting = head.partition(":")
         text = f"{options.rule or rule}:{options.splitting or splitting or 'auto'}{comma}{rest}"
         arm = parse_arm(text, _base(options))
-        corpus = _corpus(options.corpus, options.out.parent)
+        corpus = _corpus(options.corpus, options.out.parent, options.start)
         config, line = definite(arm.config, corpus)
         run = Run.create(options.out, config, corpus)
     with Stop().on_signals() as stop, Meter("training", run.config.training.steps) as meter:
@@ -344,6 +374,21 @@ def _train(options: argparse.Namespace) -> None:
         with _go_on(f"Go on with: yuriiformer train --resume {run.path}"):
             train_with_meter(run, meter, run.config.model.rule, 1, stop)
         meter.line(f"Generate with: yuriiformer generate {run.path} --prompt '...'")
+
+
+def _import(options: argparse.Namespace) -> None:
+    from .importing import import_run
+    from .progress import console
+
+    run = import_run(options.source, options.out, tokenizer=options.tokenizer, trust=options.trust)
+    model = run.config.model
+    console.print(
+        f"{run.path}: {model.layers} layers, width {model.width}, {model.heads} heads, context {model.context}, "
+        f"vocabulary {model.vocabulary:,}, oracles {model.oracles}\n"
+        f"Generate with: yuriiformer generate {run.path} --prompt '...'\n"
+        f"Train on with: yuriiformer compare --from {run.path} --corpus SOURCE --out DIR",
+        soft_wrap=True, markup=False,
+    )  # fmt: skip
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ from .model import training_flops_per_token
 from .presets import SCALED, SECOND_TABLE, ZERO_START
 from .progress import Meter
 from .rule import find_rule
+from .surgery import operate
 from .training.loop import Diverged, Stop, train
 from .training.run import Run, definite
 
@@ -59,12 +60,18 @@ class Budget:
 def parse_arm(text: str, base: Config) -> Arm:
     """`RULE[:SPLITTING][,KEY=VALUE ...]` over a base config.
 
-    A key is a field of the model or of the training, an option or a coefficient of the rule.
-    Raises UserError for one that is none.
+    A key is a field of the model or of the training, an option or a coefficient of the rule. With a start run, the
+    model is the one of the rule that computes what the run computes.
+    Raises UserError for a key that is none, or that changes what the start run computes.
     """
     head, *assignments = text.split(",")
     name, _, splitting = head.partition(":")
     rule = find_rule(name)
+    kept = Run(Path(base.start)).config.model if base.start else None
+    if kept:
+        _refuse_changes("", base, kept)
+        base = dataclasses.replace(base, model=operate(kept, name))
+        splitting = base.model.splitting if splitting in ("", "auto") else splitting
     changes: dict[str, Any] = {"model.rule": name, "model.splitting": splitting or "auto"}
     values, options = dict(base.model.values), dict(base.model.options)
     for assignment in assignments:
@@ -87,7 +94,20 @@ def parse_arm(text: str, base: Config) -> Arm:
             raise unknown(f"arm {text!r}: key", key, known)
     changes["model.values"] = {k: v for k, v in values.items() if k in rule.coefficients}
     changes["model.options"] = {k: v for k, v in options.items() if k in rule.options}
-    return Arm(text, override(base, changes))
+    arm = Arm(text, override(base, changes))
+    if kept:
+        new_velocity = len(rule.streams) > len(find_rule(kept.rule).streams)
+        _refuse_changes(f"arm {text!r}: ", arm.config, base.model, "velocity_start" if new_velocity else "")
+    return arm
+
+
+def _refuse_changes(where: str, config: Config, kept: ModelConfig, but: str = "") -> None:
+    """What starts from a run computes what the run computes: only the start of a new velocity is free."""
+    for key, value in as_dict(config.model).items():
+        if key != but and value != (own := getattr(kept, key)):
+            raise UserError(
+                f"{where}{key} is {value!r}; to compute what the start run {config.start} computes it must be {own!r}."
+            )
 
 
 def controls(names: Sequence[str]) -> list[str]:
@@ -179,6 +199,7 @@ def _plan(
         "seeds": list(seeds),
         "budget": dataclasses.asdict(budget),
         "corpus": corpus.identity,
+        "start": Run(Path(arms[0].config.start)).weights if arms[0].config.start else None,
         "rules": {arm.name: find_rule(arm.config.model.rule).sha256 for arm in arms},
     }
     file = out / "plan.json"

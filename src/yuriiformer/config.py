@@ -78,6 +78,7 @@ class Config:
     """One training run."""
 
     corpus: str = doc("corpus directory, made by `yuriiformer prepare`", "")
+    start: str = doc("run directory whose weights training starts from; the model is then that run's", "")
     model: ModelConfig = doc("the architecture")
     training: TrainingConfig = doc("the recipe", default_factory=TrainingConfig)
 

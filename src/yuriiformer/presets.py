@@ -15,6 +15,9 @@ ZERO_START = "velocity_start=zeros"
 # The arms of `compare` when none are named; the first is the baseline.
 DEMO_ARMS = (BASELINE, f"{BASELINE},{SECOND_TABLE}", "nesterov")
 
+# ... and when they start from a run without momentum.
+START_ARMS = (BASELINE, DEMO_ARMS[-1])
+
 ARM_HELP = """an arm is RULE[:SPLITTING][,KEY=VALUE ...]; a KEY is a config key without its section, an option or a
 coefficient of the rule. Examples: nesterov   nesterov:strang   heavy_ball,velocity_start=zeros,x0_scale=30
 imex,k=2   nesterov,mu=0.5,beta=0.5   my_rule.py:euler"""

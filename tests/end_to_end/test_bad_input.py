@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from yuriiformer.cli import main
+from yuriiformer.data.tokenizer import byte_level_bpe
 
 RULE = '''from yuriiformer.rule import Norm, Oracle, Positive, Stream, Unit, Velocity, rule
 @rule(source="here")
@@ -112,6 +113,49 @@ def test_config_file(train, tmp_path):
     assert "cannot be read" in train("--config", tmp_path)
     file.write_text("model = 3\n")
     assert "config key model is a section" in train("--config", file)
+
+
+def test_import(fails, gpt2_folder, tmp_path, monkeypatch):
+    """Each kind of bad source through the command line; the rest of what is refused: tests/unit/test_importing.py."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
+    assert "and the hub did not give it (no network)" in fails("import", "gpt2-nowhere", "--out", "run")
+    assert "nothing/at/all does not exist" in fails("import", "nothing/at/all", "--out", "run")
+    assert "has no config.json" in fails("import", tmp_path, "--out", "run")
+    (tmp_path / "ckpt.pt").write_bytes(b"no checkpoint")
+    assert "add --trust if you know where it comes from" in fails("import", "ckpt.pt", "--out", "run")
+    assert "is no checkpoint of torch" in fails("import", "ckpt.pt", "--out", "run", "--trust")
+    assert "they do not match" in fails("import", gpt2_folder, "--out", "run", "--tokenizer", _tokenizer(tmp_path, 100))
+    assert "b.json does not exist" in fails("import", gpt2_folder, "--out", "run", "--tokenizer", "b.json")
+    (tmp_path / "run").mkdir()
+    assert "exists already" in fails("import", gpt2_folder, "--out", "run")
+    assert "run is no run directory" in fails("generate", "run")  # as a copy that was cut short
+
+
+def _tokenizer(folder, tokens):
+    """A tokenizer of so many tokens fewer than bytes would need."""
+    vocabulary = {chr(0x4E00 + i): i for i in range(tokens - 1)} | {"<|endoftext|>": tokens - 1}
+    byte_level_bpe(vocabulary, "#version: 0.2\n").save(str(folder / "small.json"))
+    return folder / "small.json"
+
+
+def test_start(fails, gpt2_folder, corpus, text, tmp_path):
+    assert main(["import", str(gpt2_folder), "--out", "start"]) == 0
+
+    def train(*arguments, corpus=corpus.path):
+        return fails("train", *arguments, "--corpus", corpus, "--out", "run")
+
+    assert "rule 'verlet' cannot start from a run of 'gradient_descent'" in train("verlet", "--from", "start")
+    assert "splitting is 'euler'" in train("nesterov:euler", "--from", "start")
+    assert "layers is 3; to compute what the start run start computes it must be 2" in train(
+        "nesterov", "--from", "start", "--set", "model.layers=3"
+    )
+    assert "nowhere is no run directory" in train("nesterov", "--from", "nowhere")
+    assert "give the start run as an option of its own: --from start" in train("nesterov", "--set", "start=start")
+    assert "leave them out with --from" in fails("compare", "--controls", "--from", "start", "--out", "run")
+    assert main(["prepare", str(text), "--out", "other", "--tokenizer", "bpe:290"]) == 0
+    assert "has another tokenizer than the start run start" in train("nesterov", "--from", "start", corpus="other")
+    shutil.rmtree("start/checkpoints/step_0")
+    assert "start has no checkpoint yet" in train("nesterov", "--from", "start")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -27,7 +28,7 @@ TINY = [
 
 
 # Each page whose commands run, and how many there are at least.
-PAGES = {"README.md": 8, "docs/evaluate.md": 6, "docs/export.md": 2, "docs/generate.md": 4}
+PAGES = {"README.md": 8, "docs/evaluate.md": 6, "docs/export.md": 2, "docs/generate.md": 4, "docs/import.md": 5}
 
 
 def blocks(language: str, page: str = "README.md") -> list[str]:
@@ -39,7 +40,7 @@ def commands(page: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_command_of_a_page_runs(cli, tmp_path, monkeypatch, capsys, page):
+def test_every_command_of_a_page_runs(cli, tmp_path, monkeypatch, capsys, request, page):
     """In the page's order, in a folder with the files that it speaks of; training is cut to three tiny steps.
 
     The README's commands run in processes of their own, those of other pages in this one: imports take long.
@@ -53,6 +54,8 @@ def test_every_command_of_a_page_runs(cli, tmp_path, monkeypatch, capsys, page):
             {"question": f"{i} + 1?", "choices": [str(i), str(i + 1)], "answer": 1} for i in range(first, first + 30)
         ]
         (tmp_path / "questions" / f"arc_easy_{split}.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    if page == "docs/import.md":
+        shutil.copytree(request.getfixturevalue("gpt2_folder"), tmp_path / "gpt2_folder")
     run = commands(page)
     assert len(run) >= PAGES[page]
     for line in run:

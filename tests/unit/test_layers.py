@@ -15,7 +15,7 @@ LAYERS = [
     ["oracle"],
     ["cache"],
     ["model"],
-    ["data", "generate", "huggingface", "theory"],
+    ["data", "generate", "huggingface", "surgery", "theory"],
     ["training"],
     ["compare", "report", "export", "export_check", "importing"],
     ["evaluate", "inspection"],

@@ -65,6 +65,10 @@ def prepare(
     with new_folder(out) as folder:
         training = (piece for split, d in labelled(progress) if split == "train" for piece in pieces(d))
         made = make_tokenizer(tokenizer, _first(training, TRAINING_TEXT))
+        if made.token_to_id(END_OF_TEXT) is None:
+            raise UserError(
+                f"tokenizer {tokenizer!r} has no token {END_OF_TEXT}, which ends each document of a corpus."
+            )
         made.save(str(folder / TOKENIZER))
         vocabulary = made.get_vocab_size()
         dtype = dtype_for(vocabulary)

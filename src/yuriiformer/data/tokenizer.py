@@ -1,4 +1,4 @@
-"""Byte-level BPE trained on the corpus, plain bytes, or exact GPT-2: all as one `tokenizer.json`."""
+"""Byte-level BPE trained on the corpus, plain bytes, exact GPT-2, or one that is there: all as one `tokenizer.json`."""
 
 from __future__ import annotations
 
@@ -28,16 +28,21 @@ GPT2_FILES = {  # name: (address, sha256); OpenAI's release files, the ones tikt
 
 
 def check_name(name: str) -> None:
-    """Raises UserError unless the name is `bytes`, `bpe:SIZE`, `gpt2` or `gpt2:FOLDER`."""
+    """Raises UserError unless the name is `bytes`, `bpe:SIZE`, `gpt2`, `gpt2:FOLDER` or a `FILE.json`."""
     kind, _, argument = name.partition(":")
     good_size = argument.isdigit() and 257 <= int(argument) < 2**31
-    if not (name in ("bytes", "gpt2") or (kind == "bpe" and good_size) or (kind == "gpt2" and argument)):
-        raise UserError(f"tokenizer {name!r} is not known. Allowed: bytes, bpe:SIZE (at least 257), gpt2, gpt2:FOLDER")
+    named = name in ("bytes", "gpt2") or name.endswith(".json")
+    if not (named or (kind == "bpe" and good_size) or (kind == "gpt2" and argument)):
+        raise UserError(
+            f"tokenizer {name!r} is not known. Allowed: bytes, bpe:SIZE (at least 257), gpt2, gpt2:FOLDER, FILE.json"
+        )
 
 
 def make_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
     """The tokenizer of that name; `texts` is read only where one is trained."""
     check_name(name)
+    if name.endswith(".json"):
+        return read_tokenizer(Path(name))
     kind, _, argument = name.partition(":")
     if kind == "gpt2":
         return _gpt2(argument)
@@ -51,6 +56,25 @@ def make_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
         )
         tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([END_OF_TEXT])
+    return tokenizer
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`. Raises UserError when it cannot be read."""
+    if not path.is_file():
+        raise UserError(f"tokenizer {path} does not exist.")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more precise
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def byte_level_bpe(vocabulary: dict[str, int], merges: str) -> Tokenizer:
+    """GPT-2's kind of tokenizer from its two files: the id of each token, and the merges below a line of version."""
+    lines = (line.partition(" ") for line in merges.split("\n")[1:])
+    tokenizer = _byte_level(models.BPE(vocab=vocabulary, merges=[(left, right) for left, _, right in lines if right]))
+    if END_OF_TEXT in vocabulary:
+        tokenizer.add_special_tokens([END_OF_TEXT])  # it keeps its id
     return tokenizer
 
 
@@ -69,14 +93,7 @@ def byte_to_char() -> dict[int, str]:
 
 
 def _gpt2(folder: str) -> Tokenizer:
-    vocabulary = json.loads(_gpt2_file("encoder.json", folder))
-    lines = _gpt2_file("vocab.bpe", folder).decode().split("\n")[1:]  # the first line is a version
-    merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines) if right]
-    end = vocabulary.pop(END_OF_TEXT)
-    tokenizer = _byte_level(models.BPE(vocab=vocabulary, merges=merges))
-    tokenizer.add_special_tokens([END_OF_TEXT])
-    assert tokenizer.token_to_id(END_OF_TEXT) == end
-    return tokenizer
+    return byte_level_bpe(json.loads(_gpt2_file("encoder.json", folder)), _gpt2_file("vocab.bpe", folder).decode())
 
 
 def _gpt2_file(name: str, folder: str) -> bytes:

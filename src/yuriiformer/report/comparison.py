@@ -61,6 +61,7 @@ def collect(out: Path) -> dict[str, Any]:
         "budget": plan["budget"],
         "equal_seconds": equal_seconds,
         "corpus": plan["corpus"],
+        "start": plan.get("start"),
         "machine": runs[names[0]][0]["env"],
         "command": plan["command"],
         "verdict": [_verdict(arm, names[0]) for arm in arms[1:]]

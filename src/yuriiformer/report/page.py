@@ -22,6 +22,7 @@ TEMPLATE = """{% extends "base" %}
 <h1>{{ c.arms | map(attribute="name") | join(" against ") if c.arms | length == 2 else "Comparison of %d arms" % c.arms | length }}</h1>
 <p class="say">{{ c.seeds | length }} seed{{ "s" if c.seeds | length > 1 }} ({{ c.seeds | join(", ") }}), budget {{ "{:,.0f}".format(c.budget.amount) }} {{ c.budget.kind }} an arm and seed,
 the same batches in the same order for every arm. Baseline: <b>{{ c.baseline }}</b>.</p>
+{% if c.start %}<p class="say">Every arm starts from the weights of the run <b>{{ c.start.run }}</b> at its step {{ c.start.step }} (sha256 {{ c.start.sha256[:12] }}…) and computes exactly its function before the first step.</p>{% endif %}
 {% for line in c.verdict %}<p class="verdict">{{ line }}</p>{% endfor %}
 {% if c.controls_not_run %}<p class="say">Honest controls that were not run here (<code>--controls</code> adds them): {{ c.controls_not_run | join("; ") }}.</p>{% endif %}
 

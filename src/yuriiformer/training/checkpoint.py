@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -54,26 +55,32 @@ def restore(
     Without any checkpoint, training starts at step 0 (or, where one is required, UserError).
     Raises UserError when there are checkpoints and none is whole.
     """
-    complaints = []
+    checkpoint, state, complaints = newest_whole(folder, required=required)
+    if checkpoint is None:
+        return Progress(), []
+    tensors = safetensors.torch.load_file(checkpoint / MODEL)
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    if {name: tuple(t.shape) for name, t in tensors.items()} != expected:
+        raise UserError(f"{checkpoint / MODEL} holds other tensors than the run's config describes.")
+    model.load_state_dict(tensors)
+    if optimizers:
+        _load_optimizer_state(model, optimizers, safetensors.torch.load_file(checkpoint / OPTIMIZER))
+    return Progress(**state["progress"]), complaints
+
+
+def newest_whole(folder: Path, *, required: bool = False) -> tuple[Path | None, dict[str, Any], list[str]]:
+    """The newest checkpoint that is whole, its state.json, and a line for each damaged one passed over."""
+    complaints: list[str] = []
     for _, candidate in newest_first(folder):
         try:
-            progress = _verify(candidate)
+            return candidate, _verify(candidate), complaints
         except UserError as error:
             complaints.append(str(error))
-            continue
-        tensors = safetensors.torch.load_file(candidate / MODEL)
-        expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-        if {name: tuple(t.shape) for name, t in tensors.items()} != expected:
-            raise UserError(f"{candidate / MODEL} holds other tensors than the run's config describes.")
-        model.load_state_dict(tensors)
-        if optimizers:
-            _load_optimizer_state(model, optimizers, safetensors.torch.load_file(candidate / OPTIMIZER))
-        return progress, complaints
     if complaints:
         raise UserError(f"no checkpoint in {folder} is whole: {complaints[0]}")
     if required:
         raise UserError(f"{folder.parent} has no checkpoint yet; train it first.")
-    return Progress(), []
+    return None, {}, []
 
 
 def newest_first(folder: Path) -> list[tuple[int, Path]]:
@@ -82,8 +89,8 @@ def newest_first(folder: Path) -> list[tuple[int, Path]]:
     return sorted(((int(step), p) for step, p in names if step.isdigit()), reverse=True)
 
 
-def _verify(checkpoint: Path) -> Progress:
-    state = read_json(checkpoint / STATE)
+def _verify(checkpoint: Path) -> dict[str, Any]:
+    state: dict[str, Any] = read_json(checkpoint / STATE)
     try:
         if state["format"] != FORMAT:
             raise UserError(f"{checkpoint} has checkpoint format {state['format']}; this version reads {FORMAT}.")
@@ -93,7 +100,8 @@ def _verify(checkpoint: Path) -> Progress:
                 raise UserError(f"{file} is cut short or missing.")
             if sha256(file) != entry["sha256"]:
                 raise UserError(f"{file} is damaged: its sha256 is not the one it was written with.")
-        return Progress(**state["progress"])
+        Progress(**state["progress"])
+        return state
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{checkpoint / STATE} is damaged: {error!r}") from None
 

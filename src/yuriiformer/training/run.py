@@ -1,7 +1,7 @@
 """A run directory: what was asked, on what machine, what was measured, and the weights.
 
 config.json      the whole configuration, nothing left at `auto`
-env.json         versions, machine, checksums of the corpus and of a rule file
+env.json         versions, machine, checksums of the corpus, of a rule file and of the weights it starts from
 tokenizer.json   a copy, so that the run can generate text without its corpus
 rule.py          a copy of a rule file from outside the package, for the record
 metrics.jsonl    one line per logged step
@@ -15,6 +15,8 @@ import dataclasses
 import json
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,12 @@ from tokenizers import Tokenizer
 from .. import __version__
 from ..config import Config, as_dict, from_dict
 from ..data.corpus import TOKENIZER, Corpus
+from ..data.tokenizer import read_tokenizer
 from ..errors import UserError
 from ..files import new_folder, read_json, sha256, write_json, write_text
 from ..model import LanguageModel, checked
 from ..rule import find_rule
-from .checkpoint import newest_first, restore
+from .checkpoint import MODEL, newest_first, newest_whole, restore
 from .device import describe, resolve
 
 
@@ -38,6 +41,12 @@ def padded_vocabulary(corpus: Corpus) -> int:
 
 def definite(config: Config, corpus: Corpus) -> tuple[Config, str]:
     """The config with vocabulary, splitting and device settings filled in, checked; and a line about the device."""
+    start = Run(Path(config.start)) if config.start else None
+    if start and start.tokenizer().get_vocab() != read_tokenizer(corpus.path / TOKENIZER).get_vocab():
+        raise UserError(
+            f"corpus {corpus.path} has another tokenizer than the start run {start.path}; prepare the text again "
+            f"with --tokenizer {start.path / TOKENIZER}"
+        )
     training, line = resolve(config.training)
     for key, value in as_dict(training).items():
         if isinstance(value, int | float) and not 0 <= value < math.inf:
@@ -61,7 +70,8 @@ def definite(config: Config, corpus: Corpus) -> tuple[Config, str]:
         )
     corpus.batch_at(0, seed=training.seed, batch=1, context=model.context)  # raises when the context is too long
     corpus.validation_batches(sequences=1, batch=1, context=model.context)
-    return Config(corpus=str(corpus.path.resolve()), model=model, training=training), line
+    places = {"corpus": str(corpus.path.resolve()), "start": str(start.path.resolve()) if start else ""}
+    return Config(**places, model=model, training=training), line
 
 
 class Run:
@@ -79,21 +89,28 @@ class Run:
         """Make the directory for a definite config. Raises UserError when something is there."""
         if path.exists():
             raise UserError(f"{path} exists already; go on with --resume {path}, or choose another --out.")
+        start = {"start": cls(Path(config.start)).weights} if config.start else {}
+        with cls.written(path, config, {"corpus": corpus.identity, **start}) as folder:
+            shutil.copy(corpus.path / TOKENIZER, folder / TOKENIZER)
+        return cls(path)
+
+    @staticmethod
+    @contextmanager
+    def written(path: Path, config: Config, origin: dict[str, Any]) -> Iterator[Path]:
+        """A new run directory with its config and env.json; its tokenizer is to be added in the block."""
         with new_folder(path) as folder:
             write_json(folder / "config.json", as_dict(config))
-            rule = Path(config.model.rule) if config.model.rule.endswith(".py") else None
             env = {
                 "yuriiformer": __version__,
-                "corpus": corpus.identity,
+                **origin,
                 "rule_sha256": find_rule(config.model.rule).sha256,
                 **describe(config.training.device),
             }
             write_json(folder / "env.json", env)
-            shutil.copy(corpus.path / TOKENIZER, folder / TOKENIZER)
-            if rule:
-                shutil.copy(rule, folder / "rule.py")
+            if config.model.rule.endswith(".py"):
+                shutil.copy(config.model.rule, folder / "rule.py")
             (folder / "checkpoints").mkdir()
-        return cls(path)
+            yield folder
 
     @property
     def checkpoints(self) -> Path:
@@ -116,28 +133,59 @@ class Run:
         """The step of the newest checkpoint, 0 where there is none."""
         return max((step for step, _ in newest_first(self.checkpoints)), default=0)
 
+    @property
+    def weights(self) -> dict[str, Any]:
+        """The newest whole checkpoint, by run, step and checksum. Raises UserError when there is none."""
+        _, state, _ = newest_whole(self.checkpoints, required=True)
+        sha256 = state["files"][MODEL]["sha256"]
+        return {"run": self.path.resolve().name, "step": state["progress"]["step"], "sha256": sha256}
+
     def tokenizer(self) -> Tokenizer:
-        try:
-            return Tokenizer.from_file(str(self.path / TOKENIZER))
-        except Exception as error:  # the library raises nothing more precise
-            raise UserError(f"{self.path / TOKENIZER} cannot be read: {error}") from None
+        return read_tokenizer(self.path / TOKENIZER)
 
     def corpus(self) -> Corpus:
-        """The corpus the run was made with. Raises UserError when it is another one now."""
+        """The corpus the run was made with. Raises UserError when it is another one now, or when it has none."""
+        if not self.config.corpus:
+            raise UserError(
+                f"{self.path} was imported and has no corpus; train on from it as a new run: "
+                f"yuriiformer train ARM --from {self.path} --out DIR"
+            )
         corpus = Corpus(Path(self.config.corpus))
         if corpus.identity != self.env.get("corpus"):
             raise UserError(f"corpus {corpus.path} is not the one {self.path} was trained on (its sha256 differs).")
         return corpus
 
     def build(self) -> LanguageModel:
-        """The model with its initial weights. Raises UserError when its rule file is gone or has changed."""
+        """The model with its initial weights, those of its start run where it has one.
+
+        Raises UserError when its rule file or start run is gone or has changed.
+        """
         rule = self.config.model.rule
         if rule.endswith(".py") and not (Path(rule).is_file() and sha256(Path(rule)) == self.env.get("rule_sha256")):
             raise UserError(
                 f"{self.path} was trained with the rule file {rule}, which is missing or has changed; "
                 f"put the copy {self.path / 'rule.py'} back in its place."
             )
-        return LanguageModel(self.config.model, self.config.training.seed)
+        model = LanguageModel(self.config.model, self.config.training.seed)
+        if self.config.start and not newest_first(self.checkpoints):  # a checkpoint holds all weights itself
+            self._start(model)
+        return model
+
+    def _start(self, model: LanguageModel) -> None:
+        """Copy every tensor of the start run; what the model has besides (coefficients, tables) keeps its own start."""
+        try:
+            start = Run(Path(self.config.start))
+            found = start.weights["sha256"]
+        except UserError as error:
+            raise UserError(f"config key start: {error}") from None
+        if found != self.env.get("start", {}).get("sha256"):
+            raise UserError(f"config key start: {start.path} has other weights now than those {self.path} starts from.")
+        tensors, own = start.load()[0].state_dict(), model.state_dict()
+        if foreign := [name for name, t in tensors.items() if name not in own or own[name].shape != t.shape]:
+            raise UserError(
+                f"config key start: tensor {foreign[0]} of {start.path} does not fit the model of {self.path}."
+            )
+        model.load_state_dict(tensors, strict=False)
 
     def load(self) -> tuple[LanguageModel, list[str]]:
         """The model with its newest whole checkpoint, and a line for each damaged one passed over."""
