@@ -16,7 +16,7 @@ BASE = """<!doctype html>
 body { font: 16px/1.55 system-ui, sans-serif; max-width: 66rem; margin: 0 auto; padding: 1rem 1.2rem 4rem; color: #222; background: #fff; }
 h1 { font-size: 1.7rem; margin: .6rem 0; } h2 { font-size: 1.2rem; margin: 2.4rem 0 .4rem; }
 p.say { color: #555; margin: .2rem 0 .6rem; }
-.verdict { background: #f3f6f9; border-left: 4px solid #0072B2; padding: .7rem 1rem; margin: .6rem 0; }
+.verdict { overflow-wrap: anywhere; background: #f3f6f9; border-left: 4px solid #0072B2; padding: .7rem 1rem; margin: .6rem 0; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .87rem; }
 th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums; }
 th { vertical-align: bottom; } th:first-child, td:first-child { text-align: left; }
