@@ -49,25 +49,26 @@ def generate_batch(
     draws = torch.stack(rows, 1).to(device)
     windows, full = [list(prompt) for prompt in prompts], True
     step = _compiled(model) if compiled else model.decode
-    for number in range(tokens):
-        full = full or max(map(len, windows)) > context
-        if full or not use_cache:
-            windows = [w[-(context // 2 or 1) :] if len(w) > context else w for w in windows]
-            longest = max(map(len, windows))
-            room = min(context, longest + tokens - number)
-            ids, cache = _padded(windows, min(context, -(-room // ROOM) * ROOM), device)
-            logits = model.decode(ids, cache if use_cache or cache.padding is not None else None)
-            if compiled and device.type == "cuda":
-                for memory in cache.memory:
-                    for tensor in memory:
-                        torch._dynamo.mark_static_address(tensor)
-        else:
-            logits = step(ids, cache)
-        ids, full = _choose(logits.float(), temperature, top_k, top_p, draws[number])[:, None], False
-        chosen = ids[:, 0].tolist()
-        for window, token in zip(windows, chosen, strict=True):
-            window.append(token)
-        yield chosen
+    with model.constant_coefficients():
+        for number in range(tokens):
+            full = full or max(map(len, windows)) > context
+            if full or not use_cache:
+                windows = [w[-(context // 2 or 1) :] if len(w) > context else w for w in windows]
+                longest = max(map(len, windows))
+                room = min(context, longest + tokens - number)
+                ids, cache = _padded(windows, min(context, -(-room // ROOM) * ROOM), device)
+                logits = model.decode(ids, cache if use_cache or cache.padding is not None else None)
+                if compiled and device.type == "cuda":
+                    for memory in cache.memory:
+                        for tensor in memory:
+                            torch._dynamo.mark_static_address(tensor)
+            else:
+                logits = step(ids, cache)
+            ids, full = _choose(logits.float(), temperature, top_k, top_p, draws[number])[:, None], False
+            chosen = ids[:, 0].tolist()
+            for window, token in zip(windows, chosen, strict=True):
+                window.append(token)
+            yield chosen
 
 
 def _padded(windows: list[list[int]], room: int, device: torch.device) -> tuple[Tensor, KVCache]:

@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import math
 from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import cast
 
@@ -27,6 +29,7 @@ class Substep(nn.Module):
     """One application of a rule, with its own coefficients and velocity norm."""
 
     fixed: Tensor
+    constants: Mapping[str, float] | None = None  # see LanguageModel.constant_coefficients
 
     def __init__(self, rule: Rule, config: ModelConfig, layer: int, normed: bool) -> None:
         super().__init__()
@@ -45,7 +48,9 @@ class Substep(nn.Module):
         if rule.normed:
             self.norm = nn.LayerNorm(config.width, bias=False) if normed else nn.Identity()
 
-    def coefficients(self) -> dict[str, Tensor]:
+    def coefficients(self) -> Mapping[str, Tensor | float]:
+        if self.constants is not None:
+            return self.constants
         table = self.rule.coefficients
         if not table:
             return {}
@@ -217,6 +222,18 @@ class LanguageModel(nn.Module):
         """An empty cache, by default with room for the whole context."""
         return KVCache(room or self.config.context, self.input.token.weight.device)
 
+    @contextmanager
+    def constant_coefficients(self) -> Iterator[None]:
+        """Within it the learned scalars are plain numbers: decoding would compute them anew for every token."""
+        substeps = [module for module in self.modules() if isinstance(module, Substep)]
+        for substep in substeps:
+            substep.constants = {name: float(value) for name, value in substep.coefficients().items()}
+        try:
+            yield
+        finally:
+            for substep in substeps:
+                substep.constants = None
+
     def parameter_counts(self) -> dict[str, int]:
         """Trained parameters by part; they sum to the total."""
         counts = dict.fromkeys(PARTS.values(), 0)
@@ -227,7 +244,7 @@ class LanguageModel(nn.Module):
     def learned_coefficients(self) -> list[list[dict[str, float]]]:
         """The coefficients now: [layer][substep]{name: value}."""
         layers = [cast(list[Substep], layer.substeps) for layer in cast(list[Layer], self.layers)]
-        return [[{k: v.item() for k, v in s.coefficients().items()} for s in substeps] for substeps in layers]
+        return [[{k: float(v) for k, v in s.coefficients().items()} for s in substeps] for substeps in layers]
 
 
 # The part a parameter counts to: the last word of its name that stands here decides.
