@@ -57,6 +57,8 @@ Unit = Annotated[Tensor | float, UNIT]
 Positive = Annotated[Tensor | float, POSITIVE]
 Real = Annotated[Tensor | float, REAL]
 
+Textbook = Callable[[float], tuple[float, Mapping[str, float]]]
+
 
 @dataclass(frozen=True)
 class Coefficient:
@@ -81,6 +83,7 @@ class Rule:
     reduces_to: Mapping[str, Mapping[str, float]]
     readout: tuple[str, ...]  # the streams whose sum the head reads
     sha256: str  # of the file it stands in
+    textbook: Textbook | None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.step(*args, **kwargs)
@@ -124,12 +127,16 @@ def rule(
     source: str,
     reduces_to: Mapping[str, Mapping[str, float]] | None = None,
     readout: tuple[str, ...] = ("x",),
+    textbook: Textbook | None = None,
 ) -> Callable[[Callable[..., Any]], Rule]:
     """Make a `Rule` of a function.
 
     source: where the rule comes from.
     reduces_to: {other rule: coefficient values} under which, without the norm, it equals that rule.
     readout: the streams whose sum the head reads, when it is not the state alone.
+    textbook: what theory says of the rule, and the coefficients it says it for. With one oracle, -gradient/L of a
+        quadratic of curvature m to L: sqrt(m/L) -> (factor on the error in a step, coefficients). For a whole layer
+        as an integrator of dv = attn(x), dx = mlp(v): step size -> (order of accuracy, coefficients).
     Raises UserError naming file, line and parameter when the signature is not one of a rule.
     """
 
@@ -172,7 +179,7 @@ def rule(
             raise UserError(f"{where}: readout {readout} must name its streams {streams}.")
         return Rule(
             step.__name__, step, streams, oracles, bool(names["norm"]), coefficients, options,
-            source, reduces_to or {}, readout, hashlib.sha256(Path(code.co_filename).read_bytes()).hexdigest(),
+            source, reduces_to or {}, readout, hashlib.sha256(Path(code.co_filename).read_bytes()).hexdigest(), textbook,
         )  # fmt: skip
 
     return decorate
