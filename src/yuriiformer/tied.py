@@ -57,17 +57,26 @@ class TiedAttention(Tied):
 
 
 class TiedMLP(Tied):
-    """An MLP whose second matrix is its first, transposed."""
+    """An MLP whose second matrix is its first, transposed, with the sign of half the hidden units turned.
+
+    With one sign alone every unit would push a token outwards; with both, some draw it back, and it trains better.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__(width)
         self.up = nn.Linear(width, 4 * width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scaled(F.linear(F.gelu(self.up(self.norm(x))), self.up.weight.T))
+        out, back = F.gelu(self.up(self.norm(x))).chunk(2, -1)
+        return self.scaled(F.linear(torch.cat([out, -back], -1), self.up.weight.T))
 
     def energy(self, y: Tensor) -> Tensor:
-        """U(y) = sum_k G(<w_k, y>) with G' = GELU, so G(z) = ((z^2 - 1) Phi(z) + z phi(z)) / 2. (..., width) to (...)."""
-        z = self.up(y)
-        below, density = (1 + torch.erf(z / math.sqrt(2))) / 2, torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
-        return (((z**2 - 1) * below + z * density) / 2).sum(-1)
+        """U(y) = sum_k s_k G(<w_k, y>), s = 1 for the first half and -1 for the second. (..., width) to (...)."""
+        out, back = gelu_integral(self.up(y)).chunk(2, -1)
+        return (out - back).sum(-1)
+
+
+def gelu_integral(z: Tensor) -> Tensor:
+    """An antiderivative of GELU: ((z^2 - 1) Phi(z) + z phi(z)) / 2."""
+    below, density = (1 + torch.erf(z / math.sqrt(2))) / 2, torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
+    return ((z**2 - 1) * below + z * density) / 2

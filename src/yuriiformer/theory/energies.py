@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..oracle import MLP, Attention
-from ..tied import TiedAttention, TiedMLP
+from ..tied import TiedAttention, TiedMLP, gelu_integral
 from .statement import Line, Plot, Row, Statement
 from .subject import Field, Place, Subject, causal_attention, past, softmax_attention
 
@@ -173,13 +173,10 @@ def mlp_potential(_: Subject) -> Statement:
     _, back = torch.func.vjp(tied.norm, x)  # type: ignore[arg-type]
     through = gradient(lambda z: energy(tied.norm(z)), x)  # type: ignore[operator]
     grid = torch.linspace(-3, 3, 61, dtype=torch.float64)
-    one = TiedMLP(1).double().requires_grad_(False)
-    one.up.weight.copy_(torch.tensor([[1.0], [0], [0], [0]], dtype=torch.float64))
-    slope = unnormed(one)
     return Statement(
         name="mlp_potential",
         title="Tied MLP is the gradient of a potential",
-        equation="U(y) = Σₖ G(⟨wₖ, y⟩),   G′ = GELU,   G(z) = ((z² − 1) Φ(z) + z φ(z)) / 2,   M(y) = ∇U(y) = Wᵀ GELU(W y)",
+        equation="U(y) = Σₖ sₖ G(⟨wₖ, y⟩), sₖ = ±1,   G′ = GELU,   G(z) = ((z² − 1) Φ(z) + z φ(z)) / 2,   M(y) = ∇U(y) = Wᵀ s GELU(W y)",
         claim="TiedMLP is the gradient of U with respect to y = LN(x); an MLP with a free second matrix is the gradient of nothing.",
         rows=[
             Row("tied: largest |M − ∇U|", largest(answer(y) - gradient(energy, y)), 0, EXACT),
@@ -193,8 +190,8 @@ def mlp_potential(_: Subject) -> Statement:
                 "the right; it is not quite convex, GELU falls a little below zero.",
                 "z", "",
                 [
-                    Line("G(z)", grid.tolist(), one.energy(grid[:, None]).tolist()),
-                    Line("G′(z) = GELU(z)", grid.tolist(), slope(grid[:, None])[:, 0].tolist()),
+                    Line("G(z)", grid.tolist(), gelu_integral(grid).tolist()),
+                    Line("G′(z) = GELU(z)", grid.tolist(), torch.nn.functional.gelu(grid).tolist()),
                 ],
             )
         ],
