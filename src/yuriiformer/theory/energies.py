@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from ..tied import TiedAttention, TiedMLP, gelu_integral
 from .statement import Line, Plot, Row, Statement
 from .subject import Field, Place, Subject, causal_attention, past, softmax_attention
 
+M = TypeVar("M", bound=nn.Module)
 EXACT = 1e-10  # of identities in float64
 TIME, WIDTH, HEADS = 6, 12, 2
 
@@ -25,7 +28,7 @@ def tokens(seed: int = 0) -> Tensor:
     return torch.randn(TIME, WIDTH, generator=seeded(seed), dtype=torch.float64)
 
 
-def drawn(module: nn.Module, seed: int = 1) -> nn.Module:
+def drawn(module: M, seed: int = 1) -> M:
     """The module in float64 with matrices of norm about 2, steps and norms as constructed."""
     module = module.double().requires_grad_(False)
     generator = seeded(seed)
@@ -37,6 +40,12 @@ def drawn(module: nn.Module, seed: int = 1) -> nn.Module:
 
 def gradient(energy: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.func.grad(lambda z: energy(z).sum())(x)
+
+
+def transposed(field: Field, x: Tensor) -> Field:
+    """The field's Jacobian at x, transposed, as a function of a vector."""
+    pull = torch.func.vjp(field, x)[1]
+    return lambda vector: pull(vector)[0]
 
 
 def jacobian(field: Field, x: Tensor) -> Tensor:
@@ -71,10 +80,10 @@ def interaction_energy(_: Subject) -> Statement:
 
     # The model's own attention class with its three matrices tied: Q = K = V = W for each head, and W transposed behind.
     attn = drawn(Attention(WIDTH, HEADS))
-    w = attn.qkv.weight[:WIDTH].clone()  # type: ignore[index, union-attr, operator]
-    attn.qkv.weight.copy_(w.repeat(3, 1))  # type: ignore[union-attr, operator]
-    attn.out.weight.copy_(w.T)  # type: ignore[union-attr, operator]
-    y = attn.norm(tokens())  # type: ignore[operator]
+    w = attn.qkv.weight[:WIDTH].clone()
+    attn.qkv.weight.copy_(w.repeat(3, 1))
+    attn.out.weight.copy_(w.T)
+    y = attn.norm(tokens())
     c = (WIDTH / HEADS) ** -0.5
 
     def scores(z: Tensor) -> Tensor:  # (heads, time, time)
@@ -82,7 +91,7 @@ def interaction_energy(_: Subject) -> Statement:
         return c * heads @ heads.mT
 
     preconditioned = sum(
-        gradient(lambda z, h=h: scores(z)[h].exp().sum() / c, y) / (2 * scores(y)[h].exp().sum(1, keepdim=True))  # type: ignore[misc]
+        gradient(lambda z, h=h: scores(z)[h].exp().sum() / c, y) / (2 * scores(y)[h].exp().sum(1, keepdim=True))
         for h in range(HEADS)
     )
     own = unnormed(attn)(y[None], softmax_attention)[0]
@@ -91,7 +100,7 @@ def interaction_energy(_: Subject) -> Statement:
         path = []
         for _ in range(25):
             path.append((scores(z).exp().sum() / c).log().item())
-            z = attn.norm(z + 0.1 * field(z))  # type: ignore[operator]
+            z = attn.norm(z + 0.1 * field(z))
         return path
 
     free = unnormed(drawn(Attention(WIDTH, HEADS), 7))
@@ -107,7 +116,7 @@ def interaction_energy(_: Subject) -> Statement:
         rows=[
             Row("one head, Q = K = V = 1: largest |Attn − ∇E / 2Z|", largest(bare - gradient(energy, x) / (2 * weights)), 0, EXACT),
             Row("the model's attention, two tied heads: largest |A − Σ D⁻¹∇E|", largest(own - preconditioned), 0, EXACT),
-            Row("smallest rise of E over 24 normalised steps of 0.1, tied", min(b - a for a, b in zip(tied_path, tied_path[1:], strict=False)), 0, 0, ">="),
+            Row("smallest rise of E over 24 normalised steps of 0.1, tied", min(b - a for a, b in itertools.pairwise(tied_path)), 0, 0, ">="),
         ],
         plots=[
             Plot(
@@ -123,9 +132,9 @@ def interaction_energy(_: Subject) -> Statement:
 def log_sum_exp(_: Subject) -> Statement:
     attn = drawn(TiedAttention(WIDTH, HEADS))
     x, mask = tokens(2), past(TIME)
-    y = attn.norm(x)  # type: ignore[operator]
+    y = attn.norm(x)
     all_seen = torch.ones_like(mask)
-    energy = attn.energy  # type: ignore[operator]
+    energy = attn.energy
 
     def answer(z: Tensor, attend: Callable[..., Tensor] = causal_attention) -> Tensor:
         return unnormed(attn)(z[None], attend)[0]
@@ -134,9 +143,9 @@ def log_sum_exp(_: Subject) -> Statement:
         return energy(z[None], y[None].detach(), mask)
 
     def through_norm(z: Tensor) -> Tensor:
-        return given_past(attn.norm(z))  # type: ignore[operator]
+        return given_past(attn.norm(z))
 
-    _, back = torch.func.vjp(attn.norm, x)  # type: ignore[arg-type]
+    back = transposed(attn.norm, x)
     full = gradient(lambda z: energy(z[None], z[None], all_seen), y)
     # The transposed half: each token as a key of the others.
     as_key = gradient(lambda z: energy(y[None], z[None], all_seen), y)
@@ -152,7 +161,7 @@ def log_sum_exp(_: Subject) -> Statement:
         "without. It is not the gradient of the sum of all energies in all tokens: that has a second half, each token as a key.",
         rows=[
             Row("causal, with respect to y = LN(x): largest |A − ∇L|", largest(answer(y) - gradient(given_past, y)), 0, EXACT),
-            Row("through LN, with respect to x: largest |Jᵀ A − ∇L(LN x)|", largest(back(answer(y))[0] - gradient(through_norm, x)), 0, EXACT),
+            Row("through LN, with respect to x: largest |Jᵀ A − ∇L(LN x)|", largest(back(answer(y)) - gradient(through_norm, x)), 0, EXACT),
             Row("no mask: largest |∇ΣL − (A + the key's half)|", largest(full - unmasked - as_key), 0, EXACT),
             Row("no mask: is A alone ∇ΣL? relative distance", alone.item(), 0, EXACT, should=False),
             Row("causal: is A alone ∇ΣL? relative distance", alone_causal.item(), 0, EXACT, should=False),
@@ -168,10 +177,10 @@ def log_sum_exp(_: Subject) -> Statement:
 def mlp_potential(_: Subject) -> Statement:
     tied, free = drawn(TiedMLP(WIDTH)), drawn(MLP(WIDTH))
     x = tokens(3)
-    y = tied.norm(x)  # type: ignore[operator]
-    answer, energy = unnormed(tied), tied.energy  # type: ignore[operator]
-    _, back = torch.func.vjp(tied.norm, x)  # type: ignore[arg-type]
-    through = gradient(lambda z: energy(tied.norm(z)), x)  # type: ignore[operator]
+    y = tied.norm(x)
+    answer, energy = unnormed(tied), tied.energy
+    back = transposed(tied.norm, x)
+    through = gradient(lambda z: energy(tied.norm(z)), x)
     grid = torch.linspace(-3, 3, 61, dtype=torch.float64)
     return Statement(
         name="mlp_potential",
@@ -180,7 +189,7 @@ def mlp_potential(_: Subject) -> Statement:
         claim="TiedMLP is the gradient of U with respect to y = LN(x); an MLP with a free second matrix is the gradient of nothing.",
         rows=[
             Row("tied: largest |M − ∇U|", largest(answer(y) - gradient(energy, y)), 0, EXACT),
-            Row("through LN: largest |Jᵀ M − ∇U(LN x)|", largest(back(answer(y))[0] - through), 0, EXACT),
+            Row("through LN: largest |Jᵀ M − ∇U(LN x)|", largest(back(answer(y)) - through), 0, EXACT),
             Row("tied: antisymmetric share of the Jacobian", asymmetry(jacobian(answer, y)), 0, EXACT),
             Row("free random MLP: antisymmetric share of the Jacobian", asymmetry(jacobian(unnormed(free), y)), 0, EXACT, should=False),
         ],
@@ -201,19 +210,19 @@ def mlp_potential(_: Subject) -> Statement:
 def on_normed(place: Place, attend: Callable[..., Tensor]) -> tuple[Field, Field, Tensor]:
     """A layer's two oracles as functions of y, and the y that attention meets."""
     attn, mlp = unnormed(place.attn), unnormed(place.mlp)
-    return lambda z: attn(z[None], attend)[0], mlp, place.attn.norm(place.state)  # type: ignore[operator]
+    return lambda z: attn(z[None], attend)[0], mlp, place.attn.norm(place.state)
 
 
 def causal_untied(subject: Subject) -> Statement:
     attn = drawn(TiedAttention(WIDTH, HEADS))
     symmetric = copy.deepcopy(attn)
-    symmetric.key.weight.copy_(attn.query.weight)  # type: ignore[union-attr, operator, arg-type]
+    symmetric.key.weight.copy_(attn.query.weight)
     one_head = drawn(TiedAttention(WIDTH, 1))
-    one_head.key.weight.copy_(one_head.query.weight)  # type: ignore[union-attr, operator, arg-type]
-    y = attn.norm(tokens(4))  # type: ignore[operator]
+    one_head.key.weight.copy_(one_head.query.weight)
+    y = attn.norm(tokens(4))
 
     def partition(z: Tensor) -> Tensor:
-        q = one_head.query(z)  # type: ignore[operator]
+        q = one_head.query(z)
         return (q @ q.T / WIDTH**0.5).exp().sum(1, keepdim=True)
 
     def field(module: nn.Module, attend: Callable[..., Tensor]) -> Field:

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..rule import all_rules
 from ..splitting import COMPOSING, Splitting
 from .statement import Line, Plot, Row, Statement
 from .subject import Field, Subject
@@ -60,7 +59,9 @@ def fitted_order(steps: tuple[int, ...], errors: list[float]) -> float:
     return float(-np.polyfit(np.log(steps), np.log(errors), 1)[0])
 
 
-def errors_of(oracles: Mapping[str, Field], x: Tensor, sub: Mapping[str, Substep], local: bool) -> dict[str, list[float]]:
+def errors_of(
+    oracles: Mapping[str, Field], x: Tensor, sub: Mapping[str, Substep], local: bool
+) -> dict[str, list[float]]:
     """Relative to the way, the error after one n-th of the horizon (local) or all of it (global), for n in STEPS."""
     time = horizon(oracles, x)
 
@@ -84,7 +85,9 @@ EXACT_FLOWS: dict[str, Substep] = {"euler": step, "lie_trotter": flow, "strang":
 def splitting_order(subject: Subject) -> Statement:
     rows, curves = [], {}
     for place in subject.one_in(LAYERS).places:
-        rows.append(Row(f"{place.name}: rate at which the directions change", rate_of_change(place.fields(), place.state)))
+        rows.append(
+            Row(f"{place.name}: rate at which the directions change", rate_of_change(place.fields(), place.state))
+        )
         for local in (False, True):
             errors = errors_of(place.fields(), place.state, EXACT_FLOWS, local)
             curves[local] = errors
@@ -141,7 +144,7 @@ def explicit_substeps(subject: Subject) -> Statement:
     )  # fmt: skip
 
 
-def commutator_size(subject: Subject) -> Statement:
+def commutator(subject: Subject) -> Statement:
     rows, halves, swaps = [], [], []
     for place in subject.places:
         oracles, x = place.fields(), place.state
@@ -178,7 +181,7 @@ def commutator_size(subject: Subject) -> Statement:
     )  # fmt: skip
 
 
-def integrators(_: Subject) -> Statement:
+def integrators(subject: Subject) -> Statement:
     """Whole-layer rules on dv = A(x), dx = M(v), by the textbook's claims that they declare."""
     generator = torch.Generator().manual_seed(3)
     w1, w2 = torch.randn(2, 6, 6, generator=generator, dtype=torch.float64) / 2
@@ -195,7 +198,7 @@ def integrators(_: Subject) -> Statement:
     rows, lines, skipped = [], [], []
     time, h = 200.0, 0.1
     times = [i * h for i in range(int(time / h))]
-    for rule in all_rules().values():
+    for rule in subject.rules.values():
         if not rule.whole_layer:
             continue
         if rule.textbook is None:
@@ -216,14 +219,29 @@ def integrators(_: Subject) -> Statement:
             x, v = rule(x, v, lambda y: -torch.sin(y), lambda y: y, lambda y: y, **rule.textbook(h)[1])
         off = np.abs(np.array(energies) - energies[0])
         half = len(off) // 2
-        rows.append(Row(f"{rule.name}: energy error in the second half of {time:g} s / in the first", off[half:].max() / off[:half].max(), 1, 0.1))
+        rows.append(
+            Row(
+                f"{rule.name}: energy error in the second half of {time:g} s / in the first",
+                off[half:].max() / off[:half].max(),
+                1,
+                0.1,
+            )
+        )
         lines.append(Line(rule.name, times[::5], off[::5].clip(1e-9).tolist()))
     z, energies = np.array([2.0, 0.0]), []
     for _ in times:
         energies.append(z[1] ** 2 / 2 - np.cos(z[0]))
         z = z + h * np.array([z[1], -np.sin(z[0])])
     off = np.abs(np.array(energies) - energies[0])
-    rows.append(Row("an explicit Euler step of both: the same ratio", off[len(off) // 2 :].max() / off[: len(off) // 2].max(), 1, 0.1, should=False))
+    rows.append(
+        Row(
+            "an explicit Euler step of both: the same ratio",
+            off[len(off) // 2 :].max() / off[: len(off) // 2].max(),
+            1,
+            0.1,
+            should=False,
+        )
+    )
     lines.append(Line("explicit Euler", times[::5], off[::5].clip(1e-9).tolist(), "dashed"))
     return Statement(
         name="integrators",
@@ -244,4 +262,4 @@ def integrators(_: Subject) -> Statement:
     )  # fmt: skip
 
 
-STATEMENTS = (splitting_order, explicit_substeps, commutator_size, integrators)
+STATEMENTS = (splitting_order, explicit_substeps, commutator, integrators)

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
+
+
+def finite(number: float) -> float | None:
+    """Infinity as None: JSON has no word for it."""
+    return number if math.isfinite(number) else None
 
 
 @dataclass(frozen=True)
@@ -12,7 +19,7 @@ class Row:
     """One number beside what theory says of it."""
 
     what: str
-    number: float
+    number: float | None  # None: not reached
     expected: float | None = None  # None: measured, and theory claims nothing
     tolerance: float = 0.0
     relation: Literal["=", "<=", ">="] = "="
@@ -23,6 +30,8 @@ class Row:
         """None where nothing is claimed. A number that is not finite holds nothing."""
         if self.expected is None:
             return None
+        if self.number is None:
+            return False
         off = self.number - self.expected
         return {"=": abs(off), "<=": off, ">=": -off}[self.relation] <= self.tolerance
 
@@ -72,8 +81,8 @@ class Statement:
     equation: str
     claim: str
     rows: list[Row]
-    plots: list[Plot | Spheres] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # what the numbers do not say by themselves
+    plots: Sequence[Plot | Spheres] = ()
+    notes: Sequence[str] = ()  # what the numbers do not say by themselves
 
     @property
     def as_expected(self) -> bool:

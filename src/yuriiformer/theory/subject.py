@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from .. import presets
 from ..config import override
 from ..errors import UserError
-from ..model import Layer, LanguageModel
+from ..model import LanguageModel, Layer
+from ..rule import Rule, all_rules
 
 Field = Callable[[Tensor], Tensor]  # (time, width) to the same shape
 
@@ -53,15 +54,18 @@ class Place:
 
 @dataclass(frozen=True)
 class Subject:
-    """The layers of one model."""
+    """The layers of one model, and the rules to run."""
 
     title: str
     places: tuple[Place, ...]
+    rules: Mapping[str, Rule] = field(default_factory=all_rules)
 
     def one_in(self, count: int) -> Subject:
         """At most `count` layers, from the first to the last."""
         have = len(self.places)
-        chosen = sorted({round(i * (have - 1) / max(1, count - 1)) for i in range(count)}) if have > count else range(have)
+        chosen = (
+            sorted({round(i * (have - 1) / max(1, count - 1)) for i in range(count)}) if have > count else range(have)
+        )
         return dataclasses.replace(self, places=tuple(self.places[i] for i in chosen))
 
 
@@ -99,7 +103,7 @@ def random_subject(gain: float, oracles: str = "plain") -> Subject:
     model = LanguageModel(override(config, {"oracles": oracles}))
     with torch.no_grad():
         for matrix in (p for p in model.parameters() if p.ndim == 2):
-            matrix *= gain
+            matrix.mul_(gain)
     return look_at(f"random weights, {gain:g} × the initial scale", model, torch.arange(config.context))
 
 
