@@ -20,10 +20,12 @@ class Tied(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, bias=False)
-        self.log_step = nn.Parameter(torch.zeros(1))  # starts at log(1 / sqrt(2 layers)), nanoGPT's residual scale
+        self.raw = nn.Parameter(
+            torch.zeros(1)
+        )  # the step's logarithm; starts at nanoGPT's residual scale, 1 / sqrt(2 layers)
 
     def scaled(self, gradient: Tensor) -> Tensor:
-        return self.log_step.exp().unbind()[0] * gradient
+        return self.raw.exp().unbind()[0] * gradient
 
 
 class TiedAttention(Tied):
