@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from ..errors import unknown
 from . import acceleration, energies, particles, splittings
 from .statement import Line, Plot, Row, Spheres, Statement
-from .subject import Place, Subject, look_at, random_subject
+from .subject import TEXT, Place, Subject, look_at, random_subject, with_rules
 
 STATEMENTS: dict[str, Callable[[Subject], Statement]] = {
     function.__name__: function
@@ -37,6 +37,6 @@ def compute(subject: Subject, only: Sequence[str] = ()) -> Iterator[Statement]:
 
 
 __all__ = [
-    "STATEMENTS", "Line", "Place", "Plot", "Row", "Spheres", "Statement", "Subject", "chosen", "compute", "look_at",
-    "random_subject",
+    "STATEMENTS", "TEXT", "Line", "Place", "Plot", "Row", "Spheres", "Statement", "Subject", "chosen", "compute", "look_at",
+    "random_subject", "with_rules",
 ]  # fmt: skip

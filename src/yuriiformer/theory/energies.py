@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,10 +90,11 @@ def interaction_energy(_: Subject) -> Statement:
         heads = (z @ w.T).unflatten(-1, (HEADS, -1)).transpose(0, 1)
         return c * heads @ heads.mT
 
-    preconditioned = sum(
-        gradient(lambda z, h=h: scores(z)[h].exp().sum() / c, y) / (2 * scores(y)[h].exp().sum(1, keepdim=True))
-        for h in range(HEADS)
-    )
+    def step_of(head: int) -> Tensor:
+        slope = gradient(lambda z: scores(z)[head].exp().sum() / c, y)
+        return slope / (2 * scores(y)[head].exp().sum(1, keepdim=True))
+
+    preconditioned = torch.stack([step_of(head) for head in range(HEADS)]).sum(0)
     own = unnormed(attn)(y[None], softmax_attention)[0]
 
     def climb(field: Field, z: Tensor) -> list[float]:
@@ -209,8 +210,9 @@ def mlp_potential(_: Subject) -> Statement:
 
 def on_normed(place: Place, attend: Callable[..., Tensor]) -> tuple[Field, Field, Tensor]:
     """A layer's two oracles as functions of y, and the y that attention meets."""
+    norm = cast(nn.Module, place.attn.norm)
     attn, mlp = unnormed(place.attn), unnormed(place.mlp)
-    return lambda z: attn(z[None], attend)[0], mlp, place.attn.norm(place.state)
+    return lambda z: attn(z[None], attend)[0], mlp, norm(place.state)
 
 
 def causal_untied(subject: Subject) -> Statement:

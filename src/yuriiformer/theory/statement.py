@@ -33,7 +33,7 @@ class Row:
         if self.number is None:
             return False
         off = self.number - self.expected
-        return {"=": abs(off), "<=": off, ">=": -off}[self.relation] <= self.tolerance
+        return bool({"=": abs(off), "<=": off, ">=": -off}[self.relation] <= self.tolerance)
 
     @property
     def as_expected(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,10 @@ from .. import presets
 from ..config import override
 from ..errors import UserError
 from ..model import LanguageModel, Layer
-from ..rule import Rule, all_rules
+from ..rule import Rule, all_rules, find_rule
+
+# What a run reads, so that its oracles are asked where real text asks them.
+TEXT = "A layer is a step: attention and the network behind it say where each word should go, and momentum remembers. "
 
 Field = Callable[[Tensor], Tensor]  # (time, width) to the same shape
 
@@ -90,7 +93,12 @@ def look_at(title: str, model: LanguageModel, ids: Tensor) -> Subject:
             layer = cast(Layer, module)
             places.append(Place(f"layer {index + 1}", layer.attn, layer.mlp, streams[0][0]))
             streams = layer.forward(streams, causal_attention)
-    return Subject(title, tuple(places))
+    return with_rules(Subject(title, tuple(places)), [model.config.rule])
+
+
+def with_rules(subject: Subject, names: Sequence[str]) -> Subject:
+    """The same with further rules, by name or file. Raises UserError for one that is not known."""
+    return dataclasses.replace(subject, rules={**subject.rules, **{(r := find_rule(name)).name: r for name in names}})
 
 
 def random_subject(gain: float, oracles: str = "plain") -> Subject:
