@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup as safe
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from ..files import write_text
 from . import plots
@@ -19,11 +19,16 @@ MANY = 12  # rows that a table shows before it folds
 TEMPLATE = """{% extends "base" %}
 {% block title %}The theory, running{% endblock %}
 {% block style %}
-figure { max-width: 38rem; } figcaption { color: #555; font-size: .9rem; }
-.equation { background: #f6f6f6; padding: .6rem .9rem; font-family: "STIX Two Math", "Cambria Math", "DejaVu Serif", serif; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 27rem), 1fr)); gap: 0 2rem; align-items: end; }
+figcaption { color: #555; font-size: .9rem; }
+.equation { white-space: pre-wrap; background: #f6f6f6; padding: .6rem .9rem; font-family: "STIX Two Math", "Cambria Math", "DejaVu Serif", serif; }
 .yes { color: #00694c; } .no { color: #a34700; } .wrong { background: #b00020; color: #fff; padding: 0 .3rem; }
 .verdict.no { border-color: #D55E00; background: #fbf4ee; color: inherit; } .verdict.wrong { border-color: #b00020; color: inherit; background: #fdecef; }
-td.words { white-space: nowrap; } td:first-child { overflow-wrap: anywhere; } #all td { text-align: left; }
+@media (max-width: 40rem) {
+  .numbers tr { display: flex; flex-wrap: wrap; justify-content: flex-end; border-bottom: 1px solid #ddd; }
+  .numbers td, .numbers th { border: 0; padding: .15rem .4rem; } .numbers td:first-child, .numbers th:first-child { width: 100%; }
+}
+td.words { white-space: nowrap; } td:first-child { overflow-wrap: anywhere; } #all td { text-align: left; } #all td:first-child { min-width: 10rem; width: 38%; }
 summary { cursor: pointer; color: #555; }
 {% endblock %}
 {% block body %}
@@ -40,10 +45,10 @@ very functions that are the layers. What does not hold is shown as plainly as wh
 <p class="equation">{{ s.equation }}</p>
 <p>{{ s.claim }}</p>
 <p class="verdict {{ kind(s) }}"><code>{{ s.name }}</code>: {{ s.verdict }}.</p>
-{% for plot in s.plots %}<figure><figcaption>{{ plot.see }}</figcaption>{{ drawn(plot) }}</figure>
-{% endfor %}
+<div class="plots">{% for plot in s.plots %}<figure><figcaption>{{ plot.see }}</figcaption>{{ drawn(plot) }}</figure>
+{% endfor %}</div>
 <details{{ " open" if s.rows | length <= many }}><summary>The numbers ({{ s.rows | length }})</summary>
-<div class="scroll"><table><tr><th>what<th>number<th>theory<th>verdict</tr>
+<div class="scroll"><table class="numbers"><tr><th>what<th>number<th>theory<th>verdict</tr>
 {% for row in s.rows %}<tr><td>{{ row.what }}<td>{{ number(row.number) }}<td class="words">{{ expected(row) }}<td class="words">{{ word(row) }}</tr>
 {% endfor %}</table></div></details>
 {% for note in s.notes %}<p class="say">{{ note }}</p>{% endfor %}
@@ -67,7 +72,7 @@ def write_page(theory: dict[str, Any], path: Path) -> None:
 def _number(number: float | None) -> str:
     if number is None:
         return "not reached"
-    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
+    return f"{number:,.0f}" if abs(number) >= 1000 or float(number).is_integer() else f"{number:#.3g}"
 
 
 def _expected(row: dict[str, Any]) -> str:
@@ -103,7 +108,7 @@ def curves(plot: dict[str, Any]) -> str:
         named = [line for line in plot["lines"] if line["name"]]
         for index, line in enumerate(plot["lines"]):
             color = index if line["color"] is None else line["color"]
-            width = 1.3 + 2.2 * max(0, 1 - color / max(1, len(named) - 1)) if line["style"] == "solid" else 1.6
+            width = 1.3 + 0.3 * max(0, len(named) - 1 - color) if line["style"] == "solid" else 1.6
             mark = "o" if len(line["x"]) < 12 and line["style"] == "solid" else ""
             axes.plot(
                 line["x"], line["y"], style[line["style"]], color=plots.color(color), lw=width, marker=mark, ms=4,
@@ -111,10 +116,19 @@ def curves(plot: dict[str, Any]) -> str:
             )  # fmt: skip
         if "x" in plot["log"]:
             axes.set_xscale("log")
+            if max(x for line in plot["lines"] for x in line["x"]) < 100 * min(
+                x for line in plot["lines"] for x in line["x"]
+            ):
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
         elif all(float(x).is_integer() for line in plot["lines"] for x in line["x"]):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if "y" in plot["log"]:
             axes.set_yscale("log")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        elif min(y for line in plot["lines"] for y in line["y"]) > 0:
+            axes.set_ylim(bottom=0)
         axes.set_xlabel(plot["x"])
         axes.set_ylabel(plot["y"])
         plots._legend_above(axes, 2)
@@ -137,9 +151,8 @@ def spheres(plot: dict[str, Any]) -> str:
                 axes.set(xlim=(-1.1, 1.1), ylim=(-1.1, 1.1), aspect="equal")
                 axes.axis("off")
                 if row == 0:
-                    axes.set_title(f"step {step}" if column == 0 else str(step), fontsize=10)
-            grid[row][0].annotate(
-                name, (0, 0.94), xycoords="axes fraction", fontsize=10, color=plots.color(row), va="bottom"
-            )
+                    axes.set_title(f"step {step}" if column == 0 else str(step), fontsize=10, pad=18)
+            label = grid[row][0].annotate(name, (0, 1), xycoords="axes fraction", fontsize=10, color=plots.color(row))
+            label.set_in_layout(False)  # it may reach over the next picture
 
     return plots._svg((0.95 * len(steps), 1.08 * len(names)), draw)

@@ -99,7 +99,7 @@ def splitting_order(subject: Subject) -> Statement:
         name="splitting_order",
         title="Euler and Lie–Trotter have order 1, Strang has order 2",
         equation="dX/dt = A(X) + M(X), n layers of step h = 1/n;   global error O(hᵖ), local error O(hᵖ⁺¹);   "
-        "Euler h(A+M) p = 1,   Lie–Trotter e^{hM} e^{hA} p = 1,   Strang e^{hA/2} e^{hM} e^{hA/2} p = 2",
+        "\nEuler 1 + h(A+M): p = 1,   Lie–Trotter exp(hM) exp(hA): p = 1,   Strang exp(hA/2) exp(hM) exp(hA/2): p = 2",
         claim=f"On real oracles ({subject.title}), with the flow of each part solved exactly, the splittings have their textbook "
         "orders. (Euler has no sub-flows: it is the explicit step along the sum.)",
         notes=[
@@ -130,7 +130,7 @@ def explicit_substeps(subject: Subject) -> Statement:
     return Statement(
         name="explicit_substeps",
         title="In a layer, Strang's second order is gone",
-        equation="a stage of a layer is x ← x + h O(x), not e^{hO} x: each stage adds an error O(h²) of its own",
+        equation="a stage of a layer is x ← x + h O(x), not exp(hO) x: each stage adds an error O(h²) of its own",
         claim="A real layer steps explicitly inside each stage. All three splittings then have order 1: Strang keeps its "
         "symmetry and its price, not its order.",
         rows=rows,
@@ -165,7 +165,7 @@ def commutator(subject: Subject) -> Statement:
     return Statement(
         name="commutator",
         title="What splitting costs: the commutator of attention and MLP",
-        equation="e^{hM} e^{hA} x − e^{h(A+M)} x = (h²/2) [A, M](x) + O(h³),   [A, M] = M′A − A′M",
+        equation="exp(hM) exp(hA) x − exp(h(A+M)) x = (h²/2) [A, M](x) + O(h³),   [A, M] = M′A − A′M",
         claim="The leading error of Lie–Trotter is half the commutator. Its size beside the step itself says how much it "
         "matters in a layer that attention comes first.",
         rows=rows,

@@ -97,7 +97,11 @@ class Statement:
             return f"not as theory says: {'; '.join(row.what for row in unexpected)}"
         if not failing:
             return f"holds ({len(claimed)} of {len(claimed)})" if claimed else "measured"
-        return f"holds in {len(claimed) - len(failing)} of {len(claimed)}; does not, as theory says, for the others"
+        shown = "; ".join(
+            f"{row.what} ({'not reached' if row.number is None else f'{row.number:.2g}'})" for row in failing[:3]
+        )
+        more = f"; and {len(failing) - 3} more" if len(failing) > 3 else ""
+        return f"holds in {len(claimed) - len(failing)} of {len(claimed)}; does not, as theory says: {shown}{more}"
 
     def as_dict(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
