@@ -146,8 +146,8 @@ def spheres(plot: dict[str, Any]) -> str:
             for column, step in enumerate(steps):
                 axes = grid[row][column]
                 axes.add_patch(Circle((0, 0), 1, fill=False, color="#bbbbbb", lw=0.8))
-                for x, y, z in plot["points"][row][column]:
-                    axes.plot(x, y, "o", color=plots.color(row), alpha=0.9 if z >= 0 else 0.3, ms=3.2, mew=0)
+                x, y, z = zip(*plot["points"][row][column], strict=True)
+                axes.scatter(x, y, 9, plots.color(row), alpha=[0.9 if depth >= 0 else 0.3 for depth in z], linewidths=0)
                 axes.set(xlim=(-1.1, 1.1), ylim=(-1.1, 1.1), aspect="equal")
                 axes.axis("off")
                 if row == 0:
