@@ -65,7 +65,7 @@ def test_what_cannot_be_computed_is_one_line(run, tmp_path, corpus):
 
 
 def test_a_refuted_statement_has_exit_code_1(run, tmp_path):
-    """The counterexample must need no more than a rule that promises too much."""
+    """A rule file whose promise is too good is found out."""
     (tmp_path / "boasting.py").write_text(BOASTING)
     code, _, errors = run("theory", "--only", "other_functions", "--rule", "boasting.py", "--out", "t")
     assert code == 1
