@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,6 +66,13 @@ def test_the_page_is_whole_small_and_asks_no_network(computed, tmp_path):
         assert f'id="{statement.name}"' in page
     assert page.count("<svg") == sum(len(statement.plots) for statement in computed.values())
     assert "does not hold" in page
+
+
+def test_the_document_has_every_statement_and_its_tests_exist():
+    document = (Path(__file__).parents[2] / "docs" / "theory.md").read_text()
+    for name in STATEMENTS:
+        assert f"**`{name}`**" in document, name
+    assert "test_the_statement_comes_out_as_theory_says" in document
 
 
 def test_what_contradicts_theory_is_told():
