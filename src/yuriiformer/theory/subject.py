@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -80,7 +81,7 @@ def look_at(title: str, model: LanguageModel, ids: Tensor) -> Subject:
     width, time = model.config.width, len(ids)
     # Weights in float64 twice (the model's and a copy), and some Jacobians of (time x width) squared.
     needed = 8 * (2 * sum(p.numel() for p in model.parameters()) + 4 * (time * width) ** 2)
-    if needed > (free := available_memory()):
+    if needed > (free := memory_free()):
         raise UserError(
             f"the theory of {time} tokens of width {width} would take about {needed / 2**30:.1f} GiB of memory; "
             f"{free / 2**30:.1f} GiB are free. Give fewer --tokens, or a smaller run."
@@ -115,10 +116,10 @@ def random_subject(gain: float, oracles: str = "plain") -> Subject:
     return look_at(f"random weights, {gain:g} × the initial scale", model, torch.arange(config.context))
 
 
-def available_memory() -> float:
-    """Bytes that are free, where the system says so."""
+def memory_free() -> float:
+    """Bytes, or infinity where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return 1024.0 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
-    except (OSError, StopIteration, ValueError):
-        return float("inf")
+        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return math.inf
