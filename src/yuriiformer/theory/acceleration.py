@@ -110,7 +110,8 @@ def rates(subject: Subject) -> Statement:
     plots = [
         Plot(
             "The exponent of each rule against the condition number, theory dotted. Gradient descent falls with slope −1, the "
-            "momentum rules with slope −½: at κ = 10⁵ that is hundreds of times fewer steps.",
+            "momentum rules with slope −½: at κ = 10⁵ that is hundreds of times fewer steps. "
+            "Momentum that is not tuned to κ gains a constant and falls with −1 in the end.",
             "condition number κ", "−log of the factor a step", fitted_lines, "xy",
         ),
         Plot(
