@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__, presets
 from .config import Config, flat_keys, load, override
-from .errors import EnvironmentFault, Interrupted, UserError
+from .errors import EnvironmentFault, Interrupted, Refuted, UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from .data.corpus import Corpus
+    from .theory import Subject
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,7 +33,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; the exit code is 0, 2 (bad input), 3 (the machine refuses) or 75 (stopped, everything saved)."""
+    """Run a command; the exit code is 0, 1 (a statement fails), 2 (bad input), 3 (the machine refuses) or 75 (stopped, all saved)."""
     # Spinning OpenMP threads are up to 15 times slower as soon as anything else runs; `active` is a little faster alone.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
@@ -176,6 +177,16 @@ def _parser() -> Parser:
     sub.add_argument("--corpus", type=Path, metavar="DIR", help="a prepared corpus in place of the run's own")
     sub.add_argument("--sequences", type=int, metavar="N", help="validation sequences; default: 2,048 tokens' worth")
     sub.add_argument("--json", action="store_true", help="print inspection.json; all else goes to standard error")
+
+    sub = command(
+        "theory", _theory, "compute the statements behind it all: energies, splittings, acceleration, particles"
+    )
+    sub.add_argument("--only", nargs="+", action="extend", default=[], metavar="NAME", help="these statements alone")
+    sub.add_argument("--run", type=Path, metavar="RUN", dest="run_directory", help="look at a trained run's oracles")
+    sub.add_argument("--tokens", type=int, default=12, metavar="N", help="of the text that the run reads; default 12")
+    sub.add_argument("--rule", metavar="FILE.py", action="append", default=[], help="also run this rule")
+    sub.add_argument("--out", type=Path, default=Path("runs/theory"), metavar="DIR", help="default: runs/theory")
+    sub.add_argument("--json", action="store_true", help="print theory.json; everything else goes to standard error")
 
     sub = command("rules", _rules, "list the update rules")
     sub.add_argument(
@@ -542,6 +553,63 @@ def _inspect(options: argparse.Namespace) -> None:
         meter.line(f"Look at {out / 'inspection.html'}")
     if options.json:
         print(json.dumps(inspection))
+
+
+def _theory(options: argparse.Namespace) -> None:
+    if options.tokens < 2:
+        raise UserError(f"--tokens must be at least 2; got {options.tokens}.")
+    from .theory import STATEMENTS, chosen, random_subject, with_rules
+
+    names = chosen(options.only)
+    subject = _subject(options.run_directory, options.tokens) if options.run_directory else random_subject(8)
+    subject = with_rules(subject, options.rule)
+
+    from .files import disk_errors, write_json
+    from .progress import Meter, console
+    from .report.theory import write_page
+
+    with disk_errors(options.out):
+        options.out.mkdir(parents=True, exist_ok=True)
+    found = []
+    with Meter("computing", len(names)) as meter:
+        for name in names:
+            meter.advance(0, name)
+            statement = STATEMENTS[name](subject)
+            found.append(statement.as_dict())
+            meter.advance(1, name)
+            meter.line(f"{name}: {statement.verdict}")
+    unexpected = [s["name"] for s in found if not s["as_expected"]]
+    verdict = (
+        f"Not as theory says: {', '.join(unexpected)}."
+        if unexpected
+        else f"All {len(found)} statements came out as theory says, in what holds and in what does not."
+    )
+    theory = {
+        "command": options.command, "yuriiformer": __version__, "subject": subject.title, "verdict": verdict,
+        "run": options.run_directory and str(options.run_directory), "as_expected": not unexpected, "statements": found,
+    }  # fmt: skip
+    write_json(options.out / "theory.json", theory)
+    write_page(theory, options.out / "theory.html")
+    console.print(f"{verdict} Look at {options.out / 'theory.html'}", soft_wrap=True, markup=False)
+    if options.json:
+        print(json.dumps(theory))
+    if unexpected:
+        raise Refuted(f"{verdict} The numbers are in {options.out / 'theory.html'}.")
+
+
+def _subject(path: Path, tokens: int) -> Subject:
+    """The layers of a run that reads some text."""
+    import torch
+
+    from .theory import TEXT, look_at
+    from .training.run import Run
+
+    run = Run(path)
+    model, complaints = run.load()
+    for complaint in complaints:
+        print(f"yuriiformer: warning: {complaint}", file=sys.stderr)
+    ids = run.tokenizer().encode(TEXT * tokens).ids[: min(tokens, model.config.context)]
+    return look_at(f"the trained run {path}", model, torch.tensor(ids))
 
 
 def _rules(options: argparse.Namespace) -> None:

@@ -35,7 +35,9 @@ class ModelConfig:
     velocity_norm: Literal["substep", "layer", "none"] = doc(
         "LayerNorm of the velocity: each substep, last, never", "substep"
     )
-    oracles: Literal["plain", "biased", "gpt2"] = doc("attention and MLP: nanoGPT's, with biases, GPT-2's own", "plain")
+    oracles: Literal["plain", "biased", "gpt2", "tied"] = doc(
+        "attention and MLP: nanoGPT's, with biases, GPT-2's own, exact gradients of energies", "plain"
+    )
     coefficients: Literal["learned", "free", "fixed", "scheduled"] = doc(
         "free: learned without staying in their range; scheduled: those in (0, 1) are t/(t+3) in layer t", "learned"
     )

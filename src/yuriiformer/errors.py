@@ -24,6 +24,12 @@ class Interrupted(UserError):
     exit_code = 75
 
 
+class Refuted(UserError):
+    """A statement came out otherwise than theory says. Exit code 1."""
+
+    exit_code = 1
+
+
 def unknown(kind: str, got: str, allowed: Iterable[str]) -> UserError:
     """The error for a name that is not in a table, with the nearest name that is."""
     names = sorted(allowed)

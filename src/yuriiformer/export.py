@@ -22,7 +22,7 @@ import torch
 from tokenizers import Tokenizer
 
 from . import cache as cache_module
-from . import config, errors, huggingface, model, oracle, rule, splitting
+from . import config, errors, huggingface, model, oracle, rule, splitting, tied
 from .data.tokenizer import END_OF_TEXT
 from .errors import UserError
 from .files import new_folder, read_json, write_json, write_text
@@ -66,7 +66,7 @@ def export(run: Run, out: Path, *, unfinished: bool = False) -> dict[str, Any]:
 def modeling_source(of: rule.Rule) -> str:
     """The one file that a foreign machine needs: our core with this rule alone, and its transformers classes."""
     own = Path(of.step.__code__.co_filename)
-    modules = (errors, config, rule, own, splitting, oracle, cache_module, model, huggingface)
+    modules = (errors, config, rule, own, splitting, tied, oracle, cache_module, model, huggingface)
     files = [m if isinstance(m, Path) else Path(m.__file__ or "") for m in modules]
     name = of.step.__name__
     only = f'def find_rule(name: str) -> Rule:\n    """The rule of this model."""\n    return {name}'

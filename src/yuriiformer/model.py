@@ -141,11 +141,11 @@ class LanguageModel(nn.Module):
 
         | tensor | start |
         | --- | --- |
-        | tables, qkv, up | N(0, 0.02) |
+        | tables, qkv, query, key, up | N(0, 0.02) |
         | out (the residual projections) | N(0, 0.02 / sqrt(2 layers)) |
         | a velocity's linear map | the identity |
         | biases | 0 |
-        | norms, coefficients, scale | as constructed |
+        | norms, coefficients, scale | as constructed; a tied oracle, which has no out, steps by 1 / sqrt(2 layers) |
         """
         for name, parameter in self.named_parameters():
             if name.startswith("velocity.") and name.count(".") == 2:
@@ -157,6 +157,8 @@ class LanguageModel(nn.Module):
                 parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
             elif name.endswith("bias"):
                 parameter.zero_()
+            elif name.endswith((".attn.raw", ".mlp.raw")):
+                parameter.fill_(-math.log(2 * self.config.layers) / 2)
 
     def start(self, ids: Tensor, positions: Tensor) -> Streams:
         """The streams before the first layer; positions are (time) or (batch, time)."""
@@ -284,7 +286,11 @@ def flops_per_token(config: ModelConfig) -> dict[str, int]:
     velocities = len(find_rule(config.rule).streams) - 1
     linear_starts = velocities if config.velocity_start == "linear" else 0
     return {
-        "attention projections": config.layers * calls["attn"] * 2 * 4 * config.width**2,
+        "attention projections": config.layers
+        * calls["attn"]
+        * 2
+        * ORACLES[config.oracles].projections
+        * config.width**2,
         "attention scores": config.layers * calls["attn"] * 2 * 2 * config.context * config.width,
         "mlp": config.layers * calls["mlp"] * 2 * 8 * config.width**2,
         "velocity start": linear_starts * 2 * config.width**2,

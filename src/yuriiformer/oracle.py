@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .tied import TiedAttention, TiedMLP
+
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys, values; each (batch, heads, time, head width)
 
 
@@ -70,6 +72,7 @@ class Oracles(NamedTuple):
     attn: Callable[[int, int], nn.Module]  # of width and heads
     mlp: Callable[[int], nn.Module]  # of width
     bias: bool = False  # in the final norm
+    projections: int = 4  # width x width products of an attention call: q, k, v, out
 
 
 # The first is nanoGPT's from scratch; the next two are nanoGPT's with bias=True and OpenAI's GPT-2, whose weights they read.
@@ -77,4 +80,5 @@ ORACLES = {
     "plain": Oracles(Attention, MLP),
     "biased": Oracles(partial(Attention, bias=True), partial(MLP, bias=True), bias=True),
     "gpt2": Oracles(partial(Attention, bias=True), partial(MLP, bias=True, gelu="tanh"), bias=True),
+    "tied": Oracles(TiedAttention, TiedMLP, projections=3),
 }

@@ -81,6 +81,7 @@ class Rule:
     reduces_to: Mapping[str, Mapping[str, float]]
     readout: tuple[str, ...]  # the streams whose sum the head reads
     sha256: str  # of the file it stands in
+    textbook: Callable[[float], tuple[float, Mapping[str, float]]] | None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.step(*args, **kwargs)
@@ -124,12 +125,15 @@ def rule(
     source: str,
     reduces_to: Mapping[str, Mapping[str, float]] | None = None,
     readout: tuple[str, ...] = ("x",),
+    textbook: Callable[[float], tuple[float, Mapping[str, float]]] | None = None,
 ) -> Callable[[Callable[..., Any]], Rule]:
     """Make a `Rule` of a function.
 
     source: where the rule comes from.
     reduces_to: {other rule: coefficient values} under which, without the norm, it equals that rule.
     readout: the streams whose sum the head reads, when it is not the state alone.
+    textbook: with oracle -gradient/L, curvature in [m, L]: sqrt(m/L) -> (factor on the error in a step, coefficients);
+        for a whole layer as an integrator of dv = attn(x), dx = mlp(v): step size -> (order, coefficients).
     Raises UserError naming file, line and parameter when the signature is not one of a rule.
     """
 
@@ -144,8 +148,7 @@ def rule(
 
         for name, parameter in inspect.signature(step).parameters.items():
             hint = hints.get(name)
-            kind = getattr(hint, "__metadata__", (None,))[0]
-            default = parameter.default
+            kind, default = getattr(hint, "__metadata__", (None,))[0], parameter.default
             if parameter.kind is not parameter.KEYWORD_ONLY:
                 if kind not in names:
                     raise UserError(f"{where}: parameter {name!r} must be annotated Stream, Velocity, Oracle or Norm.")
@@ -172,7 +175,7 @@ def rule(
             raise UserError(f"{where}: readout {readout} must name its streams {streams}.")
         return Rule(
             step.__name__, step, streams, oracles, bool(names["norm"]), coefficients, options,
-            source, reduces_to or {}, readout, hashlib.sha256(Path(code.co_filename).read_bytes()).hexdigest(),
+            source, reduces_to or {}, readout, hashlib.sha256(Path(code.co_filename).read_bytes()).hexdigest(), textbook,
         )  # fmt: skip
 
     return decorate

@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounter
 
 from yuriiformer.config import ModelConfig, TrainingConfig
 from yuriiformer.model import LanguageModel, flops_per_token, oracle_calls
+from yuriiformer.oracle import ORACLES
 from yuriiformer.rule import all_rules, as_streams
 from yuriiformer.training.optimizer import make_optimizers
 
@@ -78,13 +79,14 @@ def test_overfits_one_batch(combination, ids):
 
 
 def test_flops_are_what_torch_counts(combination, ids):
-    model = build(combination, velocity_start="linear")
-    with (
-        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-        torch.utils.flop_counter.FlopCounterMode(display=False) as counter,
-    ):
-        model(ids)
-    assert counter.get_total_flops() == ids.numel() * sum(flops_per_token(model.config).values())
+    for oracles in ORACLES:
+        model = build(combination, velocity_start="linear", oracles=oracles)
+        with (
+            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+            torch.utils.flop_counter.FlopCounterMode(display=False) as counter,
+        ):
+            model(ids)
+        assert counter.get_total_flops() == ids.numel() * sum(flops_per_token(model.config).values()), oracles
 
 
 def test_oracle_calls_are_what_a_forward_makes(combination, ids):
@@ -105,9 +107,10 @@ CHOICES = [
     ),
     [{}, {"x0_scale": 30.0}, {"x0_scale": 30.0, "learn_x0_scale": True}],
 ]
-# Every product of these; the two choices that touch nothing else take turns.
+# Every product of these; the choices that touch nothing else take turns.
 VARIANTS = [
-    dict(itertools.chain(*map(dict.items, row))) | {"initial": ("rule", "neutral")[i % 2], "second_table": i % 4 > 1}
+    dict(itertools.chain(*map(dict.items, row)))
+    | {"initial": ("rule", "neutral")[i % 2], "second_table": i % 4 > 1, "oracles": [*ORACLES][i // 4 % len(ORACLES)]}
     for i, row in enumerate(itertools.product(*CHOICES))
 ]
 

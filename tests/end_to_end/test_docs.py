@@ -25,7 +25,13 @@ TINY = [
     "training.evaluate_sequences=4",
     "training.compile=no",
 ]
-
+# What makes a command short.
+CUT = {
+    "compare": TINY,
+    "train": TINY,
+    "generate": ["--tokens", "5"],
+    "theory": ["--only", "log_sum_exp", "commutator", "beyond_quadratics"],
+}
 
 # Each page whose commands run, and how many there are at least.
 PAGES = {"README.md": 8, "docs/evaluate.md": 6, "docs/export.md": 2, "docs/generate.md": 4, "docs/import.md": 5}
@@ -60,7 +66,7 @@ def test_every_command_of_a_page_runs(cli, tmp_path, monkeypatch, capsys, reques
     assert len(run) >= PAGES[page]
     for line in run:
         _, *arguments = shlex.split(line)
-        tiny = TINY if arguments[0] in ("compare", "train") else ["--tokens", "5"] if arguments[0] == "generate" else []
+        tiny = CUT.get(arguments[0], [])
         if page == "README.md":
             done = cli(*arguments, *tiny)
             assert done.returncode == 0, f"{line}\n{done.stderr}"

@@ -1,13 +1,13 @@
-"""The orders of the splittings and of the whole-layer methods, by the fitted slope of the error."""
+"""The orders of the splittings on two simple fields, and what imex's corrections do. Real oracles: test_statements."""
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
 from yuriiformer.rule import all_rules
-from yuriiformer.splitting import COMPOSING, Splitting
+from yuriiformer.splitting import COMPOSING
+from yuriiformer.theory.splittings import fitted_order, flow, layers, step
 
 STEPS = (8, 16, 32, 64)
 generator = torch.Generator().manual_seed(3)
@@ -23,69 +23,29 @@ def mlp(x):
     return torch.sin(W2 @ x)
 
 
-def flow(direction, x, steps=20):
-    """Follow dx/dt = direction(x) for one unit of time, by classical Runge-Kutta: exact beside the errors we fit."""
-    h = 1 / steps
-    for _ in range(steps):
-        k1 = direction(x)
-        k2 = direction(x + h / 2 * k1)
-        k3 = direction(x + h / 2 * k2)
-        k4 = direction(x + h * k3)
-        x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
-    return x
-
-
-def integrate(splitting: Splitting, substep, n: int):
-    """n layers of step 1/n, each stage of the table by `substep(direction, x)`."""
-    oracles = {"attn": lambda x: attention(x) / n, "mlp": lambda x: mlp(x) / n}
-    x = START
-    for _ in range(n):
-        for stage in splitting.stages:
-            x = substep(stage.direction(oracles), x)
-    return x
-
-
-def slope(errors):
-    return -np.polyfit(np.log(STEPS), np.log(errors), 1)[0]
-
-
+ORACLES = {"attn": attention, "mlp": mlp}
 EXACT = flow(lambda x: attention(x) + mlp(x), START, steps=2000)
 
 
-def gradient_step(direction, x):
+def rule_step(direction, x):
     return all_rules()["gradient_descent"](x, direction)
+
+
+def test_the_reference_is_a_flow():
+    """Against the closed solution of a linear field, and order 4 in the number of steps."""
+    exact = torch.linalg.matrix_exp(W1) @ START
+    errors = [(flow(lambda x: W1 @ x, START, n) - exact).norm().item() for n in (4, 8, 16)]
+    assert fitted_order((4, 8, 16), errors) == pytest.approx(4, abs=0.2)
 
 
 @pytest.mark.parametrize(
     ("name", "substep", "order"),
-    [("euler", gradient_step, 1), ("lie_trotter", flow, 1), ("strang", flow, 2)],
+    [("euler", step, 1), ("lie_trotter", flow, 1), ("strang", flow, 2), *((name, rule_step, 1) for name in COMPOSING)],
 )
 def test_order_of_the_splitting(name, substep, order):
-    """Euler's sum by an explicit step; Lie-Trotter and Strang by exact sub-flows, which leaves the splitting error alone."""
-    errors = [(integrate(COMPOSING[name], substep, n) - EXACT).norm().item() for n in STEPS]
-    assert abs(slope(errors) - order) < 0.1
-
-
-@pytest.mark.parametrize("name", COMPOSING)
-def test_with_gradient_descent_inside_every_splitting_has_order_one(name):
-    """What a real layer does: the explicit Euler step inside a stage limits Strang, too."""
-    errors = [(integrate(COMPOSING[name], gradient_step, n) - EXACT).norm().item() for n in STEPS]
-    assert abs(slope(errors) - 1) < 0.1
-
-
-@pytest.mark.parametrize(("name", "order"), [("symplectic_euler", 1), ("verlet", 2)])
-def test_order_of_the_whole_layer_methods(name, order):
-    """On dv = A(x), dx = M(v), without damping and norm."""
-
-    def run(n):
-        x, v = START, START.flip(0)
-        for _ in range(n):
-            x, v = all_rules()[name](x, v, attention, mlp, lambda y: y, beta=1.0, gamma=1 / n, eta=1 / n)
-        return torch.cat([x, v])
-
-    both = flow(lambda z: torch.cat([mlp(z[6:]), attention(z[:6])]), torch.cat([START, START.flip(0)]), steps=2000)
-    errors = [(run(n) - both).norm().item() for n in STEPS]
-    assert abs(slope(errors) - order) < 0.1
+    """With exact sub-flows the splitting error alone is left; a rule's explicit step inside a stage limits Strang, too."""
+    ends = [layers(COMPOSING[name], substep, ORACLES, START, 1 / n, n) for n in STEPS]
+    assert fitted_order(STEPS, [(end - EXACT).norm().item() for end in ends]) == pytest.approx(order, abs=0.1)
 
 
 def test_imex_corrections_contract_towards_the_implicit_solution():

@@ -31,6 +31,7 @@ VARIANTS = [
     {"rule": "nesterov", "coefficients": "fixed", "second_table": True, "learn_x0_scale": True},
     {"rule": "nesterov", "coefficients": "free", "velocity_norm": "none", "x0_scale": 3.0, "oracles": "gpt2"},
     {"rule": "gradient_descent", "oracles": "biased"},
+    {"rule": "nesterov", "oracles": "tied"},
 ]
 
 

@@ -11,7 +11,7 @@ ROOT = Path(yuriiformer.__file__).parent
 LAYERS = [
     ["errors"],
     ["config", "files", "flatten", "rule"],
-    ["rules", "splitting", "presets", "progress"],
+    ["rules", "splitting", "presets", "progress", "tied"],
     ["oracle"],
     ["cache"],
     ["model"],

@@ -25,6 +25,7 @@ from ..data.corpus import MANIFEST, TOKENIZER, Corpus
 from ..errors import UserError
 from ..model import LanguageModel, Layer, Streams
 from ..oracle import Attend, causal
+from ..theory.subject import memory_free
 from ..training.checkpoint import MODEL, newest_first
 from ..training.run import Run
 from .jacobian import asymmetry, eigenvalues, jacobian, singular_values, typical_stretch
@@ -315,15 +316,6 @@ def memory_needed(run: Run) -> float:
     tokens = min(JACOBIAN_TOKENS, config.context)
     graph = tokens * (100 * config.width + 10 * config.heads * tokens)
     return 5e8 + 2 * weights + 4 * (streams + attention + logits + graph)
-
-
-def memory_free() -> float:
-    """Bytes, or infinity where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return math.inf
 
 
 def require_memory(run: Run) -> None:

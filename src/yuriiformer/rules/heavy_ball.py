@@ -4,9 +4,9 @@ from ..rule import Norm, Oracle, Positive, Stream, Unit, Velocity, rule
 
 
 @rule(
-    source="arXiv:2601.23236 (Polyak template); Polyak 1964",
-    reduces_to={"gradient_descent": {"beta": 0.0, "gamma": 1.0}},
-)
+    source="arXiv:2601.23236 (Polyak template); Polyak 1964", reduces_to={"gradient_descent": {"beta": 0.0, "gamma": 1.0}},
+    textbook=lambda s: ((1 - s) / (1 + s), {"beta": ((1 - s) / (1 + s)) ** 2, "gamma": 4 / (1 + s) ** 2}),
+)  # fmt: skip
 def heavy_ball(
     x: Stream, v: Velocity, oracle: Oracle, norm: Norm, *, beta: Unit = 0.9, gamma: Positive = 1.0
 ) -> tuple[Stream, Velocity]:

@@ -3,7 +3,10 @@
 from ..rule import Norm, Oracle, Positive, Stream, Unit, Velocity, rule
 
 
-@rule(source="arXiv:2601.23236 (Nesterov template); Nesterov 1983", reduces_to={"heavy_ball": {"mu": 0.0}})
+@rule(
+    source="arXiv:2601.23236 (Nesterov template); Nesterov 1983", reduces_to={"heavy_ball": {"mu": 0.0}},
+    textbook=lambda s: (1 - s, {"mu": (1 - s) / (1 + s), "beta": (1 - s) / (1 + s), "gamma": 1.0}),
+)  # fmt: skip
 def nesterov(
     x: Stream, v: Velocity, oracle: Oracle, norm: Norm, *,
     mu: Unit = 0.9, beta: Unit = 0.9, gamma: Positive = 1.0,

@@ -3,7 +3,10 @@
 from ..rule import Norm, Oracle, Positive, Stream, Unit, Velocity, rule
 
 
-@rule(source="arXiv:2601.23236, supplement (Hamiltonian symplectic Euler); the formula is ours, see docs/fidelity.md")
+@rule(
+    source="arXiv:2601.23236, supplement (Hamiltonian symplectic Euler); the formula is ours, see docs/fidelity.md",
+    textbook=lambda h: (1, {"beta": 1.0, "gamma": h, "eta": h}),
+)
 def symplectic_euler(
     x: Stream, v: Velocity, attn: Oracle, mlp: Oracle, norm: Norm, *,
     beta: Unit = 0.9, gamma: Positive = 1.0, eta: Positive = 1.0,

@@ -6,6 +6,7 @@ from ..rule import Norm, Oracle, Positive, Stream, Unit, Velocity, rule
 @rule(
     source="arXiv:2601.23236, supplement (PRK-Verlet); the formula is ours, see docs/fidelity.md",
     readout=("x", "v"),  # the layer ends with a kick: the state alone would never read it
+    textbook=lambda h: (2, {"beta": 1.0, "gamma": h, "eta": h}),
 )
 def verlet(
     x: Stream, v: Velocity, attn: Oracle, mlp: Oracle, norm: Norm, *,

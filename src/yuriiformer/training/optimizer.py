@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..config import TrainingConfig
 from ..errors import UserError
 from ..model import LanguageModel, Substep, Tables
+from ..tied import Tied
 
 # The quintic of Muon (Jordan et al. 2024): five steps bring singular values near 1, and it need not be exact.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -72,7 +73,7 @@ def make_optimizers(model: LanguageModel, config: TrainingConfig) -> list[torch.
                 vectors += own
             case nn.Embedding() | Tables():
                 tables += own
-            case Substep() | LanguageModel():
+            case Substep() | Tied() | LanguageModel():
                 scalars += own
             case _ if own:
                 raise UserError(f"module {type(module).__name__} has parameters that belong to no optimiser group.")
