@@ -7,6 +7,7 @@ so the window must be read again). Cache, batch and compilation change the speed
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from .cache import KVCache
 from .errors import UserError
-from .model import LanguageModel
+from .model import LanguageModel, flops_per_token
 
+SMALL = 2e7  # FLOPs of a step on a CPU; below, waking a second thread costs more than it brings (docs/generate.md)
 ROOM = 64  # a cache's room is a multiple of it, so that few graphs are compiled
 
 
@@ -49,10 +51,12 @@ def generate_batch(
     draws = torch.stack(rows, 1).to(device)
     windows, full = [list(prompt) for prompt in prompts], True
     step = _compiled(model) if compiled else model.decode
-    with model.constant_coefficients():
+    small = device.type == "cpu" and use_cache and len(prompts) * sum(flops_per_token(model.config).values()) < SMALL
+    with model.constant_coefficients(), _one_thread() if small else nullcontext():
         for number in range(tokens):
             full = full or max(map(len, windows)) > context
             if full or not use_cache:
+                first = number
                 windows = [w[-(context // 2 or 1) :] if len(w) > context else w for w in windows]
                 longest = max(map(len, windows))
                 room = min(context, longest + tokens - number)
@@ -63,7 +67,10 @@ def generate_batch(
                         for tensor in memory:
                             torch._dynamo.mark_static_address(tensor)
             else:
-                logits = step(ids, cache)
+                # Nothing that a guard of the compiled graph looks at changes from the second step on.
+                unguarded = compiled and number > first + 1
+                with torch.compiler.set_stance(skip_guard_eval_unsafe=True) if unguarded else nullcontext():
+                    logits = step(ids, cache)
             ids, full = _choose(logits.float(), temperature, top_k, top_p, draws[number])[:, None], False
             chosen = ids[:, 0].tolist()
             for window, token in zip(windows, chosen, strict=True):
@@ -79,10 +86,20 @@ def _padded(windows: list[list[int]], room: int, device: torch.device) -> tuple[
     return ids, KVCache(room, device, missing if missing.any() else None)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _compiled(model: LanguageModel) -> Any:
     torch._dynamo.config.recompile_limit = 64  # a graph for each batch size and room
-    mode = "reduce-overhead" if model.input.token.weight.device.type == "cuda" else "default"
-    return torch.compile(model.decode, fullgraph=True, dynamic=False, mode=mode)
+    options: Any = {"triton.cudagraphs": model.input.token.weight.device.type == "cuda", "size_asserts": False}
+    return torch.compile(model.decode, fullgraph=True, dynamic=False, options=options)
 
 
 def _choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, draw: Tensor) -> Tensor:
