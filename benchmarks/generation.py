@@ -31,7 +31,7 @@ SIZES = {
     "demo": {"layers": 4, "heads": 3, "width": 96, "context": 320, "vocabulary": 1024},
     "small": {"layers": 12, "heads": 12, "width": 768, "context": 1024, "vocabulary": 50304},
 }
-PROMPT, TOKENS = 32, 256
+PROMPT, TOKENS = 192, 128  # so that the text has 256 tokens in the middle
 
 
 def ways(rule: str, size: dict[str, int], batch: int, device: str) -> dict[str, Callable[[], list[list[int]]]]:

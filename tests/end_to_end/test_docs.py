@@ -117,5 +117,18 @@ def test_tables_are_the_measured_ones():
             assert table == (ROOT / source).read_text(), source
 
 
+def test_the_speeds_of_generation_are_the_measured_ones():
+    measured = {
+        (str(row["batch"]), row["rule"]): f"{row['tokens_per_second']:,.0f}"
+        for row in json.loads((ROOT / "results/generation.json").read_text())["rows"]
+        if row["way"] == "compiled"
+    }
+    table = re.findall(r"^\| (\d+) \| (\w+) \|.*$", (ROOT / "docs/generate.md").read_text(), re.MULTILINE)
+    lines = re.findall(r"^\| \d+ \| \w+ \|.*$", (ROOT / "docs/generate.md").read_text(), re.MULTILINE)
+    assert len(lines) == len(measured)
+    for key, line in zip(table, lines, strict=True):
+        assert line.split(" | ")[4].startswith(measured[key])
+
+
 def test_no_number_in_the_readme_is_a_placeholder():
     assert not re.search(r"@\w+@|TODO|XXX", README)
