@@ -26,7 +26,6 @@ def generate(model: LanguageModel, prompt: Sequence[int], **settings: Any) -> It
     return (ids[0] for ids in generate_batch(model, [prompt], **settings))
 
 
-@torch.no_grad()
 def generate_batch(
     model: LanguageModel, prompts: Sequence[Sequence[int]], *, tokens: int, temperature: float = 1.0,
     top_k: int | None = None, top_p: float | None = None, seed: int = 0, use_cache: bool = True, compiled: bool = False,
@@ -46,6 +45,14 @@ def generate_batch(
     ):
         if not good:
             raise UserError(f"{name} is {value}; allowed: temperature >= 0, top_k >= 1, 0 < top_p <= 1.")
+    return _steps(model, prompts, tokens, (temperature, top_k, top_p), seed, use_cache, compiled)
+
+
+@torch.no_grad()
+def _steps(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], tokens: int,
+    sampling: tuple[float, int | None, float | None], seed: int, use_cache: bool, compiled: bool,
+) -> Iterator[list[int]]:  # fmt: skip
     device, context = model.input.token.weight.device, model.config.context
     rows = [torch.rand(tokens, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(prompts))]
     draws = torch.stack(rows, 1).to(device)
@@ -71,7 +78,7 @@ def generate_batch(
                 unguarded = compiled and number > first + 1
                 with torch.compiler.set_stance(skip_guard_eval_unsafe=True) if unguarded else nullcontext():
                     logits = step(ids, cache)
-            ids, full = _choose(logits.float(), temperature, top_k, top_p, draws[number])[:, None], False
+            ids, full = _choose(logits.float(), *sampling, draws[number])[:, None], False
             chosen = ids[:, 0].tolist()
             for window, token in zip(windows, chosen, strict=True):
                 window.append(token)
