@@ -60,6 +60,10 @@ class Substep(nn.Module):
             return dict(zip(table, self.raw.unbind(), strict=True))
         return {name: table[name].range.value(raw) for name, raw in zip(table, self.raw.unbind(), strict=True)}
 
+    @torch.no_grad()
+    def numbers(self) -> dict[str, float]:
+        return {name: float(value) for name, value in self.coefficients().items()}
+
     def forward(self, streams: Streams, *oracles: object) -> Streams:
         norm = () if self.norm is None else (self.norm,)
         return as_streams(self.rule(*streams, *oracles, *norm, **self.coefficients(), **self.options))
@@ -229,7 +233,7 @@ class LanguageModel(nn.Module):
         """Within it the learned scalars are plain numbers: decoding would compute them anew for every token."""
         substeps = [module for module in self.modules() if isinstance(module, Substep)]
         for substep in substeps:
-            substep.constants = {name: float(value) for name, value in substep.coefficients().items()}
+            substep.constants = substep.numbers()
         try:
             yield
         finally:
@@ -246,7 +250,7 @@ class LanguageModel(nn.Module):
     def learned_coefficients(self) -> list[list[dict[str, float]]]:
         """The coefficients now: [layer][substep]{name: value}."""
         layers = [cast(list[Substep], layer.substeps) for layer in cast(list[Layer], self.layers)]
-        return [[{k: float(v) for k, v in s.coefficients().items()} for s in substeps] for substeps in layers]
+        return [[s.numbers() for s in substeps] for substeps in layers]
 
 
 # The part a parameter counts to: the last word of its name that stands here decides.
