@@ -52,7 +52,8 @@ def as_oracles(rule: Rule, descent: Field) -> list[Field]:
 
 UNCLAIMED = (
     "A rule that declares no rate runs with its own initial coefficients: measured, and nothing is claimed. Whole-layer rules "
-    "read attention as the force and the MLP of the velocity as the velocity; imex takes half of the gradient from each."
+    "that declare an order read attention as the force and the MLP of the velocity as the velocity; others take half of the "
+    "gradient from each oracle."
 )
 
 
