@@ -224,10 +224,6 @@ class LanguageModel(nn.Module):
             layer.compile(fullgraph=True, dynamic=False)
         self._cross_entropy = torch.compile(_cross_entropy, fullgraph=True, dynamic=False)
 
-    def make_cache(self, room: int | None = None) -> KVCache:
-        """An empty cache, by default with room for the whole context."""
-        return KVCache(room or self.config.context, self.input.token.weight.device)
-
     @contextmanager
     def constant_coefficients(self) -> Iterator[None]:
         """Within it the learned scalars are plain numbers: decoding would compute them anew for every token."""

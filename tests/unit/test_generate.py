@@ -5,6 +5,7 @@ import torch
 from conftest import SMALL
 from torch._dynamo.testing import CompileCounter
 
+from yuriiformer.cache import KVCache
 from yuriiformer.config import ModelConfig
 from yuriiformer.errors import UserError
 from yuriiformer.generate import _choose, generate, generate_batch
@@ -58,7 +59,7 @@ def test_decoding_compiles_one_graph_for_all_steps(combination):
     ids = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for _ in range(2):  # the second cache shares the first one's graph
-            cache = model.make_cache()
+            cache = KVCache(model.config.context, torch.device("cpu"))
             model.decode(ids[:, :4], cache)
             logits = [step(ids[:, i : i + 1], cache) for i in range(4, 12)]
     torch.testing.assert_close(torch.stack(logits, 1), model(ids)[:, 4:], rtol=1e-4, atol=1e-4)
