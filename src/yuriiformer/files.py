@@ -76,6 +76,17 @@ def new_folder(path: Path) -> Iterator[Path]:
             raise
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file of a folder that `new_folder` makes whole."""
+    path.write_bytes(data)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a log; one cut short by a kill has no newline, and readers leave it out."""
+    with disk_errors(path), path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one step."""
     partial = path.with_name(path.name + ".partial")

@@ -10,7 +10,7 @@ from typing import Any
 from lm_eval.models.huggingface import HFLM
 
 from ..errors import UserError
-from ..files import disk_errors, write_text
+from ..files import append_line, write_text
 from ..progress import Meter
 
 
@@ -49,8 +49,7 @@ class Memory:
         if batch:
             if not self.path.exists():
                 write_text(self.path, self.header + "\n")
-            with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(batch) + "\n")
+            append_line(self.path, json.dumps(batch))
             self._keep(batch)
         return len(batch)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..files import new_folder, read_json, sha256, write_json
+from ..files import new_folder, read_json, sha256, write_bytes, write_json
 
 FORMAT = 1
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -40,7 +40,7 @@ def save(
         files = {}
         for name, state in tensors.items():
             data = safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in state.items()})
-            (partial / name).write_bytes(data)
+            write_bytes(partial / name, data)
             files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         write_json(partial / STATE, {"format": FORMAT, "progress": asdict(progress), "files": files})
     for _, old in newest_first(folder)[max(1, keep) :]:
