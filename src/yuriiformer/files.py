@@ -46,7 +46,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 def lock(folder: Path, what: str) -> Iterator[None]:
     """Hold a folder against a second process, which is told who holds it. A kill frees it, so a lock is never stale."""
     with disk_errors(folder), (folder / LOCK).open("a") as file:
-        for attempt in range(10):  # who only asks, in `locked_by`, holds it for a moment
+        for attempt in range(5):  # who only asks, in `locked_by`, holds it for a moment
             if _hold(file, alone=True):
                 break
             time.sleep(0.02 * attempt)
