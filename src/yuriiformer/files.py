@@ -177,6 +177,11 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is damaged: {error}") from None
 
 
+def digest(value: Any) -> str:
+    """The SHA-256 of a JSON value: a file of one can vouch for itself."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

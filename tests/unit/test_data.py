@@ -25,7 +25,7 @@ DOCUMENTS = ["The first one is here.\n", "Zweites Stück: größer, 中文, 🙂
 def decoded(corpus: Corpus) -> str:
     tokenizer = Tokenizer.from_file(str(corpus.path / "tokenizer.json"))
     return "".join(
-        tokenizer.decode(corpus.tokens[s].tolist(), skip_special_tokens=False) for s in ("train", "validation")
+        tokenizer.decode(corpus.tokens[s][:].tolist(), skip_special_tokens=False) for s in ("train", "validation")
     )
 
 
@@ -119,9 +119,7 @@ def test_dtype_holds_the_vocabulary():
 def test_validation_file_of_its_own(text, tmp_path):
     (tmp_path / "v.txt").write_text("held out")
     corpus = prepare(str(text), tmp_path / "c", tokenizer="bytes", validation=str(tmp_path / "v.txt"))
-    assert corpus.manifest["splits"]["validation"] == {
-        "documents": 1, "bytes": 9, "tokens": 10, "sha256": corpus.manifest["splits"]["validation"]["sha256"],
-    }  # fmt: skip
+    assert {"documents": 1, "bytes": 9, "tokens": 10}.items() <= corpus.manifest["splits"]["validation"].items()
 
 
 def test_an_epoch_visits_every_block_once(corpus):
@@ -195,6 +193,7 @@ def test_token_outside_the_vocabulary(corpus, tmp_path):
     copy = damaged(corpus, tmp_path)
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["vocabulary"] = 100
+    del manifest["sha256"]
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"holds token id \d+; its vocabulary has 100"):
         Corpus(copy).batch_at(0, seed=0, batch=4, context=16)

@@ -28,7 +28,7 @@ def run(tmp_path, config, corpus):
 def test_validation_is_the_mean_over_every_token(run, corpus):
     result = evaluate(run.path)["validation"]
     model, context = run.load()[0].eval(), run.config.model.context
-    tokens = torch.from_numpy(corpus.tokens["validation"].astype("int64"))
+    tokens = torch.from_numpy(corpus.tokens["validation"][:].astype("int64"))
     losses = []
     with torch.no_grad():
         for at in range(1, len(tokens)):

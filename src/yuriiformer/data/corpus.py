@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -12,17 +13,52 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
-from ..files import read_json, sha256
+from ..files import digest, read_json, sha256
 
 FORMAT = 1
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
 VERIFY_BELOW = 1 << 30  # larger files are not hashed at every start
+PAGE = 4096  # bytes with a checksum of their own, looked at whenever one of them is read
 
 Ids = NDArray[np.int64]
 
 
 def dtype_for(vocabulary: int) -> type[np.unsignedinteger[Any]]:
     return np.uint16 if vocabulary <= 1 << 16 else np.uint32
+
+
+class Tokens:
+    """The tokens of a file by slices; a page that is not as it was written is an error, when it is read."""
+
+    def __init__(self, file: Path, dtype: np.dtype[Any], size: int, sums: NDArray[np.uint32] | None) -> None:
+        self.file, self.dtype, self.size, self.sums = file, dtype, size, sums
+
+    def __len__(self) -> int:
+        return self.size // self.dtype.itemsize
+
+    def __getitem__(self, where: slice) -> NDArray[Any]:
+        """Read, not mapped: a file that shrinks while it is in use is an error, not the end of the process."""
+        first, last, _ = (bound * self.dtype.itemsize for bound in where.indices(len(self)))
+        start, stop = first // PAGE, -(-last // PAGE)
+        try:
+            data = np.fromfile(self.file, np.uint8, (stop - start) * PAGE, offset=start * PAGE)
+        except FileNotFoundError:
+            raise UserError(f"{self.file} is gone.") from None
+        if len(data) != min(stop * PAGE, self.size) - start * PAGE:
+            raise UserError(f"{self.file} was cut short while it was in use. Prepare the corpus again.")
+        if self.sums is not None and (found := page_sums(data)) != (expected := self.sums[start:stop].tolist()):
+            page = next(
+                page for page, sums in enumerate(zip(found, expected, strict=True), start) if len(set(sums)) > 1
+            )
+            raise UserError(
+                f"{self.file} is damaged in the {PAGE} bytes from {page * PAGE} on. Prepare the corpus again."
+            )
+        return data[first - start * PAGE : last - start * PAGE].view(self.dtype)
+
+
+def page_sums(data: NDArray[np.uint8]) -> list[int]:
+    """The CRC-32 of every page."""
+    return [zlib.crc32(data[at : at + PAGE].data) for at in range(0, len(data), PAGE)]
 
 
 class Corpus:
@@ -36,6 +72,8 @@ class Corpus:
             )
         self.manifest = read_json(path / MANIFEST)
         try:
+            if self.manifest.pop("sha256", digest(self.manifest)) != digest(self.manifest):
+                raise UserError(f"{path / MANIFEST} is damaged: its sha256 is not its own. Prepare the corpus again.")
             if self.manifest["format"] != FORMAT:
                 raise UserError(f"{path} has corpus format {self.manifest['format']}; this version reads {FORMAT}.")
             self.vocabulary = int(self.manifest["vocabulary"])
@@ -45,21 +83,24 @@ class Corpus:
                 raise UserError(
                     f"{path / TOKENIZER} is damaged: its sha256 is not the manifest's. Prepare the corpus again."
                 )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path / MANIFEST} is damaged: {error!r}. Prepare the corpus again.") from None
         except FileNotFoundError as error:
             raise UserError(f"{error.filename} is missing. Prepare the corpus again.") from None
 
-    def _open(self, split: str, dtype: np.dtype[Any], entry: dict[str, Any]) -> NDArray[Any]:
+    def _open(self, split: str, dtype: np.dtype[Any], entry: dict[str, Any]) -> Tokens:
         file = self.path / f"{split}.bin"
         size, expected = file.stat().st_size, entry["tokens"] * dtype.itemsize
         if size != expected:
             raise UserError(
                 f"{file} has {size} bytes, its manifest says {expected}: cut short or changed. Prepare the corpus again."
             )
-        if size < VERIFY_BELOW and sha256(file) != entry["sha256"]:
-            raise UserError(f"{file} is damaged: its sha256 is not the manifest's. Prepare the corpus again.")
-        return np.memmap(file, dtype=dtype, mode="r")
+        sums = self.path / f"{split}.crc"
+        for checked, key in ((sums, "crc_sha256"), (file, "sha256")):
+            looked_through = checked == sums or size < VERIFY_BELOW
+            if key in entry and looked_through and sha256(checked) != entry[key]:
+                raise UserError(f"{checked} is damaged: its sha256 is not the manifest's. Prepare the corpus again.")
+        return Tokens(file, dtype, size, np.fromfile(sums, np.uint32) if "crc_sha256" in entry else None)
 
     @property
     def identity(self) -> dict[str, str]:
@@ -116,7 +157,7 @@ class Corpus:
             )
         return blocks
 
-    def _cut(self, tokens: NDArray[Any], starts: Any, context: int) -> tuple[Ids, Ids]:
+    def _cut(self, tokens: Tokens, starts: Any, context: int) -> tuple[Ids, Ids]:
         rows = np.stack([tokens[s : s + context + 1] for s in starts]).astype(np.int64)
         if rows.max() >= self.vocabulary:
             raise UserError(

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from ..errors import UserError
-from ..files import new_folder, sha256, write_json, write_text, writer
-from .corpus import FORMAT, MANIFEST, TOKENIZER, Corpus, dtype_for
+from ..files import digest, new_folder, sha256, write_bytes, write_json, write_text, writer
+from .corpus import FORMAT, MANIFEST, PAGE, TOKENIZER, Corpus, dtype_for, page_sums
 from .sources import Progress, Source
 from .tokenizer import END_OF_TEXT, check_name, make_tokenizer
 
@@ -72,7 +73,9 @@ def prepare(
         write_text(folder / TOKENIZER, made.to_str(pretty=True))
         vocabulary = made.get_vocab_size()
         dtype = dtype_for(vocabulary)
-        splits = {name: {"documents": 0, "bytes": 0, "tokens": 0} for name in ("train", "validation")}
+        splits: dict[str, dict[str, Any]] = {
+            name: {"documents": 0, "bytes": 0, "tokens": 0} for name in ("train", "validation")
+        }
         hashes = {name: hashlib.sha256() for name in splits}
         small = text.size is not None and text.size < WORTH_PROCESSES
         with writer(folder / "train.bin") as train, writer(folder / "validation.bin") as valid:
@@ -88,6 +91,10 @@ def prepare(
         for name, counts in splits.items():
             if counts["tokens"] < 2:
                 raise UserError(f"source {source!r} gives {counts['tokens']} {name} tokens; it is too short.")
+        for name, counts in splits.items():
+            sums = np.concatenate([page_sums(chunk) for chunk in _chunks(folder / f"{name}.bin")]).astype(np.uint32)
+            write_bytes(folder / f"{name}.crc", sums.tobytes())
+            counts["sha256"], counts["crc_sha256"] = hashes[name].hexdigest(), sha256(folder / f"{name}.crc")
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "source": source,
@@ -97,10 +104,17 @@ def prepare(
             "tokenizer_sha256": sha256(folder / TOKENIZER),
             "vocabulary": vocabulary,
             "dtype": np.dtype(dtype).name,
-            "splits": {name: counts | {"sha256": hashes[name].hexdigest()} for name, counts in splits.items()},
+            "splits": splits,
         }
-        write_json(folder / MANIFEST, manifest)
+        write_json(folder / MANIFEST, manifest | {"sha256": digest(manifest)})
     return Corpus(out)
+
+
+def _chunks(file: Path) -> Iterator[NDArray[np.uint8]]:
+    """A file in parts of whole pages."""
+    size, step = file.stat().st_size, 4096 * PAGE
+    for at in range(0, size, step):
+        yield np.fromfile(file, np.uint8, step, offset=at)
 
 
 def _held_out(documents: Iterator[str], fraction: float) -> Iterator[tuple[str, str]]:

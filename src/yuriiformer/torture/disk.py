@@ -15,15 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors.numpy
-
 from .. import files
 from ..data import corpus as corpora
-from ..data.corpus import MANIFEST, TOKENIZER, Corpus
+from ..data.corpus import TOKENIZER, Corpus
 from ..errors import UserError
 from ..training.checkpoint import MODEL, OPTIMIZER, STATE, newest_first, newest_whole
 from ..training.run import Run
-from .subject import INTERVAL, STEPS, Bench, demand, tensors
+from .subject import STEPS, Bench, demand, tensors
 
 # What a call that changes the disk may come to. A short write is none: what was not taken is written again.
 REFUSALS = {"ENOSPC": errno.ENOSPC, "EDQUOT": errno.EDQUOT, "EIO": errno.EIO, "short write": 0, "full from then on": -1}
@@ -46,7 +44,7 @@ def refuse(at: int, kind: str) -> None:
             return os.write(descriptor, data[: (len(data) + 1) // 2])
         return call(*arguments)
 
-    files.perform = perform  # type: ignore[assignment]
+    files.perform = perform
 
 
 def note_calls(notes: Path) -> None:
@@ -57,7 +55,7 @@ def note_calls(notes: Path) -> None:
         os.write(descriptor, call.__name__.encode() + b"\n")
         return call(*arguments)
 
-    files.perform = perform  # type: ignore[assignment]
+    files.perform = perform
 
 
 def calls(bench: Bench) -> int:
@@ -100,7 +98,7 @@ def _damaged_checkpoint(folder: Path, chance: random.Random) -> dict[str, Any]:
     held = [path for _, path in newest_first(folder)]
     good = [_state(path) for path in held]
     names = [path / name for path in held for name in (MODEL, OPTIMIZER, STATE)]
-    with _damage(chance, names) as kind:
+    with _damage(chance, names[: 3 if chance.random() < 0.8 else None], names) as kind:
         try:
             found, state, _ = newest_whole(folder, required=True)
         except UserError as error:
@@ -119,7 +117,7 @@ def _state(checkpoint: Path) -> tuple[Any, ...]:
 def _damaged_corpus(folder: Path, chance: random.Random) -> dict[str, Any]:
     good, names = _contents(folder), [folder / name for name in sorted(os.listdir(folder))]
     large = chance.random() < 0.5  # as a file that is too large to be looked through at every start
-    with _damage(chance, names) as kind:
+    with _damage(chance, names, names) as kind:
         limit, corpora.VERIFY_BELOW = corpora.VERIFY_BELOW, 0 if large else corpora.VERIFY_BELOW
         try:
             found = _contents(folder)
@@ -145,9 +143,10 @@ def _contents(folder: Path) -> tuple[Any, ...]:
 
 
 @contextmanager
-def _damage(chance: random.Random, names: list[Path]) -> Iterator[str]:
+def _damage(chance: random.Random, names: list[Path], others: list[Path]) -> Iterator[str]:
     """Damage one file, or two; all is whole again after the block."""
-    one, other = chance.sample(names, 2)
+    one = chance.choice(names)
+    other = chance.choice([path for path in others if path != one])
     before = {one: one.read_bytes(), other: other.read_bytes()}
     data = bytearray(before[one])
     at = chance.randrange(len(data))

@@ -130,7 +130,9 @@ class Bench:
             self.seconds = time.monotonic() - before  # of the whole run, from start to exit
         self.whole = folder / "whole"
         self.expected = fingerprint(self.whole)
-        shutil.copytree(self.whole, self.fresh, ignore=shutil.ignore_patterns("step_*", "metrics.jsonl", "summary.json"))
+        shutil.copytree(
+            self.whole, self.fresh, ignore=shutil.ignore_patterns("step_*", "metrics.jsonl", "summary.json")
+        )
 
     def _do(self, *arguments: object) -> None:
         child = Child([str(a) for a in arguments], self.folder / "output.txt")
@@ -198,7 +200,7 @@ def note_batches(notes: Path, stop: int = -1) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return batch
 
-    Corpus.batch_at = noting  # type: ignore[method-assign]
+    setattr(Corpus, "batch_at", noting)  # noqa: B010
 
 
 def noted(notes: Path) -> list[dict[str, Any]]:

@@ -92,7 +92,10 @@ def rank(bench: Bench, seed: int) -> dict[str, Any]:
     demand(code == 0, f"torchrun ended with exit code {code}: {(run / 'output.txt').read_text()[-500:]}")
     bench.check(run, expected)
     steps = [line["step"] for line in noted(run / "batches.txt") if line["rank"] == 0]
-    return {"started again" if len(steps) > len(set(steps)) or steps.count(0) > 1 else "after the end": 1, "seconds": took}
+    return {
+        "started again" if len(steps) > len(set(steps)) or steps.count(0) > 1 else "after the end": 1,
+        "seconds": took,
+    }
 
 
 def world(bench: Bench, seed: int) -> dict[str, Any]:
@@ -112,9 +115,7 @@ def world(bench: Bench, seed: int) -> dict[str, Any]:
         demand(_wait(torchrun(alone, 1)) == 0, f"alone, it failed: {(alone / 'output.txt').read_text()[-500:]}")
     demand(_samples(run) == _samples(alone), "other samples were read than by one process")
     pairs = list(zip(Run(run).records(), Run(alone).records(), strict=True))
-    error = max(
-        abs(a[key] - b[key]) / abs(b[key]) for a, b in pairs for key in ("loss", "validation") if key in b
-    )
+    error = max(abs(a[key] - b[key]) / abs(b[key]) for a, b in pairs for key in ("loss", "validation") if key in b)
     demand(math.isfinite(error) and error < 1e-5, f"losses differ by {error:.1e}")
     return {"largest difference of a loss": error, "samples compared": sum(map(len, _samples(alone).values()))}
 
@@ -130,6 +131,6 @@ def _samples(run: Path) -> dict[int, list[int]]:
         for size in {size for _, size in of}:
             parts = [of.get((rank, size)) for rank in range(size)]
             if all(part is not None for part in parts):
-                batch = [sample for row in zip(*parts, strict=True) for sample in row]  # type: ignore[arg-type]
+                batch = [sample for row in zip(*parts, strict=True) for sample in row]
                 demand(found.setdefault(step, batch) == batch, f"step {step} is another batch for {size} processes")
     return found
