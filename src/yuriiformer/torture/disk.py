@@ -96,7 +96,7 @@ def flip(bench: Bench, seed: int) -> dict[str, Any]:
 
 def _damaged_checkpoint(folder: Path, chance: random.Random) -> dict[str, Any]:
     held = [path for _, path in newest_first(folder)]
-    good = [_state(path) for path in held]
+    good = [state_of(path) for path in held]
     names = [path / name for path in held for name in (MODEL, OPTIMIZER, STATE)]
     with _damage(chance, names[: 3 if chance.random() < 0.8 else None], names) as kind:
         try:
@@ -105,11 +105,11 @@ def _damaged_checkpoint(folder: Path, chance: random.Random) -> dict[str, Any]:
             demand(any(name.name in str(error) for name in names), f"{kind}: the refusal names no file: {error}")
             return {kind: 1, "refused": 1}
         assert found is not None
-        demand(state["progress"]["step"] <= STEPS and _state(found) in good, f"{kind}: loaded all the same")
+        demand(state["progress"]["step"] <= STEPS and state_of(found) in good, f"{kind}: loaded all the same")
         return {kind: 1, "without effect" if found == held[0] else "the one before was used": 1}
 
 
-def _state(checkpoint: Path) -> tuple[Any, ...]:
+def state_of(checkpoint: Path) -> tuple[Any, ...]:
     progress = json.loads((checkpoint / STATE).read_text())["progress"]
     return progress, tensors(checkpoint / MODEL), tensors(checkpoint / OPTIMIZER)
 

@@ -31,7 +31,7 @@ def kill(bench: Bench, seed: int) -> dict[str, Any]:
     begun = max((line["step"] for line in noted(run / "batches.txt")), default=0)
     when = _when(run, begun)
     bench.finish(run)
-    return {when: 1, "steps lost": max(0, begun - saved)}
+    return {when: 1, "steps lost": float(max(0, begun - saved))}
 
 
 def _when(run: Path, begun: int) -> str:

@@ -14,7 +14,7 @@ from ..errors import UserError, unknown
 from ..files import write_json, write_text
 from ..progress import Meter
 from ..training.device import describe
-from . import disk, processes, world
+from . import disk, power, processes, world
 from .subject import Bench, Broken
 
 Trial = Callable[[Bench, int], dict[str, Any]]
@@ -38,6 +38,9 @@ CASES = {
         lambda bench: len(disk.REFUSALS) * disk.calls(bench),
     ),
     "flip": Case("files damaged: refused by name, or the checkpoint before is used", disk.flip, 10_000),
+    "power": Case(
+        "the power fails at any instant of saving: the old checkpoint or the new one, never a mix", power.power, power.instants
+    ),
     "rank": Case("one of two processes killed: both are started again, the same end, bit for bit", world.rank, 10),
     "world": Case("1, 2, then 1 process: the same samples at every step, losses equal to 1e-5", world.world, 2),
 }
@@ -98,12 +101,12 @@ def _case(name: str, bench: Bench, out: Path, count: int | None, seed: int, tent
 
 
 def _together(notes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Whole numbers that count are added up; of others their median, and what 99 of 100 do not pass."""
+    """Whole numbers are added up; of measured ones the median, what 99 of 100 do not pass, and the largest."""
     found: dict[str, Any] = {}
     for key in sorted({key for note in notes for key in note}):
         values = sorted(note[key] for note in notes if key in note)
-        if set(values) == {1}:
-            found[key] = len(values)
+        if isinstance(values[0], int):
+            found[key] = sum(values)
         else:
             middle, high = statistics.median(values), values[min(len(values) - 1, round(0.99 * len(values)))]
             found[key] = {"median": middle, "p99": high, "largest": values[-1]}
