@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -123,9 +123,7 @@ def _drawn(chance: random.Random) -> Callable[[Names | Bytes], Names | Bytes | N
     return kept
 
 
-def _after(
-    tree: Tree, trace: Trace, certain: set[int], kept: Callable[[Names | Bytes], Names | Bytes | None]
-) -> Tree:
+def _after(tree: Tree, trace: Trace, certain: set[int], kept: Callable[[Names | Bytes], Names | Bytes | None]) -> Tree:
     tree = dict(tree)
     for number, event in enumerate(trace):
         if isinstance(event, Sync):

@@ -39,7 +39,9 @@ CASES = {
     ),
     "flip": Case("files damaged: refused by name, or the checkpoint before is used", disk.flip, 10_000),
     "power": Case(
-        "the power fails at any instant of saving: the old checkpoint or the new one, never a mix", power.power, power.instants
+        "the power fails at any instant of saving: the old checkpoint or the new one, never a mix",
+        power.power,
+        power.instants,
     ),
     "rank": Case("one of two processes killed: both are started again, the same end, bit for bit", world.rank, 10),
     "world": Case("1, 2, then 1 process: the same samples at every step, losses equal to 1e-5", world.world, 2),
