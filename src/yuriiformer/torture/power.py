@@ -75,7 +75,7 @@ def power(bench: Bench, seed: int) -> dict[str, Any]:
     tree, trace, root = _trace(bench)
     chance = random.Random(f"power {seed}")
     old, new = (state_of(bench.whole / "checkpoints" / name) for name in (OLD, NEW))
-    certain, uncertain = _sorted(trace[:seed])
+    certain = _certain(trace[:seed])
     found: dict[str, int] = {}
     for kept in [lambda event: event, lambda event: None, *[_drawn(chance)] * STATES]:
         folder = bench.folder / f"power-{seed}"
@@ -94,16 +94,13 @@ def power(bench: Bench, seed: int) -> dict[str, Any]:
     return found
 
 
-def _sorted(trace: Trace) -> tuple[set[int], set[int]]:
-    """The numbers of the events that are certain, and of those that may have been lost."""
-    certain, uncertain = set(), set()
-    for number, event in enumerate(trace):
-        if isinstance(event, Sync):
-            certain |= {n for n in uncertain if trace[n].inode == event.inode}
-            uncertain -= certain
-        else:
-            uncertain.add(number)
-    return certain, uncertain
+def _certain(trace: Trace) -> set[int]:
+    """The numbers of the events that a later sync has made certain."""
+    return {
+        number
+        for number, event in enumerate(trace)
+        if not isinstance(event, Sync) and Sync(event.inode) in trace[number:]
+    }
 
 
 def instants(bench: Bench) -> int:
@@ -160,11 +157,11 @@ def _recorded(root: Path) -> Iterator[tuple[Tree, Trace]]:
     """The folder as it is, and a list that fills with what is changed in it."""
     tree: Tree = {}
     trace: Trace = []
-    for place, _, names in os.walk(root):
+    for place, _, inside in os.walk(root):
         tree[_inode(place)] = {entry.name: entry.inode() for entry in os.scandir(place)}
-        tree |= {_inode(Path(place, name)): Path(place, name).read_bytes() for name in names}
+        tree |= {_inode(Path(place, name)): Path(place, name).read_bytes() for name in inside}
 
-    def names(path: Path, inode: int | None) -> None:
+    def note(path: Path, inode: int | None) -> None:
         trace.append(Names(_inode(path.parent), {path.name: inode}))
 
     def perform(call: Callable[..., Any], *arguments: Any) -> Any:
@@ -172,8 +169,8 @@ def _recorded(root: Path) -> Iterator[tuple[Tree, Trace]]:
         if call is shutil.rmtree:
             for place, _, inside in os.walk(first, topdown=False):
                 for name in inside:
-                    names(Path(place, name), None)
-                names(Path(place), None)
+                    note(Path(place, name), None)
+                note(Path(place), None)
             return call(*arguments)
         if call is os.write:
             at = os.lseek(first, 0, os.SEEK_CUR)
@@ -190,7 +187,7 @@ def _recorded(root: Path) -> Iterator[tuple[Tree, Trace]]:
             trace.append(Names(_inode(source.parent), {source.name: None, target.name: _inode(target)}))
         elif came:
             tree.setdefault(_inode(first), {} if call is os.makedirs else b"")
-            names(Path(first), _inode(first))
+            note(Path(first), _inode(first))
         return result
 
     before, files.perform = files.perform, perform
