@@ -21,7 +21,7 @@ from ..data.corpus import TOKENIZER, Corpus
 from ..errors import UserError
 from ..training.checkpoint import MODEL, OPTIMIZER, STATE, newest_first, newest_whole
 from ..training.run import Run
-from .subject import STEPS, Bench, demand, tensors
+from .subject import INTERVAL, STEPS, Bench, demand, tensors
 
 # What a call that changes the disk may come to. A short write is none: what was not taken is written again.
 REFUSALS = {"ENOSPC": errno.ENOSPC, "EDQUOT": errno.EDQUOT, "EIO": errno.EIO, "short write": 0, "full from then on": -1}
@@ -58,9 +58,18 @@ def note_calls(notes: Path) -> None:
     files.perform = perform
 
 
+def _few_saves(bench: Bench, name: str) -> Path:
+    """A run with three checkpoints, for which the first has to go; it comes to the same end."""
+    run = bench.copy(name)
+    config = json.loads((run / "config.json").read_text())
+    config["training"] |= {"checkpoint_every": 3 * INTERVAL}
+    (run / "config.json").write_text(json.dumps(config))
+    return run
+
+
 def calls(bench: Bench) -> int:
     """How many calls of an undisturbed run change the disk."""
-    run, notes = bench.copy("calls"), bench.folder / "calls.txt"
+    run, notes = _few_saves(bench, "calls"), bench.folder / "calls.txt"
     demand(bench.train(run, partial(note_calls, notes)).wait() == 0, "undisturbed, it failed")
     shutil.rmtree(run)
     return len(notes.read_text().split())
@@ -69,7 +78,7 @@ def calls(bench: Bench) -> int:
 def refusal(bench: Bench, seed: int) -> dict[str, Any]:
     """The call number seed // 5 is refused in the way seed % 5; then go on with a disk that does not."""
     at, kind = seed // len(REFUSALS), list(REFUSALS)[seed % len(REFUSALS)]
-    run = bench.copy(f"disk-{seed}")
+    run = _few_saves(bench, f"disk-{seed}")
     child = bench.train(run, partial(refuse, at, kind))
     code = child.wait()
     demand(code in (0, 3), f"{kind} at call {at}: exit code {code}: {child.said[-300:]}")

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, unknown
-from ..files import write_json, write_text
+from ..errors import unknown
+from ..files import disk_errors, lock, write_json, write_text
 from ..progress import Meter
 from ..training.device import describe
 from . import disk, power, processes, world
@@ -55,18 +55,21 @@ def torture(
     """Try cases and return what is written to out/torture.json; what failed keeps its folder in out/failed.
 
     count: trials of each case in place of its own number. tenth: every tenth of them.
-    Raises UserError for a case that is not known, or where something is in the way.
+    Raises UserError for a case that is not known, or when another process uses the folder.
     """
     for name in names:
         if name not in CASES:
             raise unknown("case", name, CASES)
-    if (work := out / "work").exists():
-        raise UserError(f"{work} is there already: another torture is at it, or was killed; delete it.")
-    try:
-        bench = Bench(work)
-        cases = [_case(name, bench, out, count, seed, tenth) for name in names or CASES]
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    work = out / "work"
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with lock(out, "torture"):
+        shutil.rmtree(work, ignore_errors=True)  # of one that was killed
+        try:
+            bench = Bench(work)
+            cases = [_case(name, bench, out, count, seed, tenth) for name in names or CASES]
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
     found = {"cases": cases, "machine": describe("cpu")}
     write_json(out / "torture.json", found)
     write_text(out / "table.md", table(found))

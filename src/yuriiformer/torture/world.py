@@ -11,11 +11,12 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..training.run import Run
-from .subject import STEPS, Bench, Broken, demand, fingerprint, noted
+from .subject import STEPS, Bench, Broken, demand, fingerprint, note_batches, noted
 
 LIMIT = 180.0  # seconds for two processes to start, to be started again, and to end
 # Without it, processes that torchrun starts again look for the dead ones' addresses, and half the time hang.
@@ -26,7 +27,7 @@ def torchrun(run: Path, size: int, restarts: int = 0, stop: int = -1) -> subproc
     """Go on with a run by `size` processes; at step `stop` one of them gets a SIGTERM."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
     command += [f"--max-restarts={restarts}", "-m", "yuriiformer.torture.subject", str(run / "batches.txt"), str(stop)]
-    with (run / "output.txt").open("ab") as output:
+    with (run / "torchrun.txt").open("ab") as output:
         return subprocess.Popen(
             [*command, "train", "--resume", str(run)], stdout=output, stderr=output, env={**os.environ, **TORCHRUN}
         )
@@ -76,7 +77,7 @@ def _when(process: subprocess.Popen[bytes], happens: Callable[[], bool]) -> floa
 
 def _said(run: Path) -> str:
     """The lines of our own, without those of torchrun."""
-    lines = (run / "output.txt").read_text(errors="replace").splitlines()
+    lines = [line for file in sorted(run.glob("*.txt")) for line in file.read_text(errors="replace").splitlines()]
     return " ".join([line for line in lines if "yuriiformer: " in line][-3:])
 
 
@@ -106,19 +107,23 @@ def world(bench: Bench, seed: int) -> dict[str, Any]:
     run = bench.copy(f"world-{seed}")
     stops = sorted(chance.sample(range(2, STEPS - 2), 2))
     for size, stop in ((1, stops[0]), (2, stops[1]), (1, -1)):
-        process = torchrun(run, size, stop=stop)
-        code = _wait(process)
+        code = _go_on(bench, run, size, stop)
         demand((code == 0) == (stop < 0), f"{size} processes until step {stop}: exit code {code}: {_said(run)}")
         demand(Run(run).complete == (stop < 0), f"{size} processes did not end at step {stop}: {_said(run)}")
-    alone = bench.folder / "alone"
-    if not alone.exists():
-        bench.copy("alone")
-        demand(_wait(torchrun(alone, 1)) == 0, f"alone, it failed: {_said(alone)}")
+    alone = bench.copy(f"world-{seed}-alone")
+    demand(_go_on(bench, alone, 1, -1) == 0, f"alone, it failed: {_said(alone)}")
     demand(_samples(run) == _samples(alone), "other samples were read than by one process")
     pairs = list(zip(Run(run).records(), Run(alone).records(), strict=True))
     error = max(abs(a[key] - b[key]) / abs(b[key]) for a, b in pairs for key in ("loss", "validation") if key in b)
     demand(math.isfinite(error) and error < 1e-5, f"losses differ by {error:.1e}")
     return {"largest difference of a loss": error, "samples compared": sum(map(len, _samples(alone).values()))}
+
+
+def _go_on(bench: Bench, run: Path, size: int, stop: int) -> int:
+    """The exit code; at step `stop` one of the processes gets a SIGTERM."""
+    if size > 1:
+        return _wait(torchrun(run, size, stop=stop))
+    return bench.train(run, partial(note_batches, run / "batches.txt", stop)).wait()
 
 
 def _samples(run: Path) -> dict[int, list[int]]:
