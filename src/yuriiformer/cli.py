@@ -181,6 +181,14 @@ def _parser() -> Parser:
     sub.add_argument("--sequences", type=int, metavar="N", help="validation sequences; default: 2,048 tokens' worth")
     sub.add_argument("--json", action="store_true", help="print inspection.json; all else goes to standard error")
 
+    sub = command("torture", _torture, "prove on this machine that nothing is lost: kills, signals, full disks, damage")
+    sub.add_argument("--only", nargs="+", default=[], metavar="CASE", help="kill, term, disk, flip, power, rank, world")
+    sub.add_argument("--count", type=int, metavar="N", help="trials of each case; default: each case's own number")
+    sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the first trial, default 0; each has its own")
+    sub.add_argument("--tenth", action="store_true", help="every tenth trial")
+    sub.add_argument("--out", type=Path, default=Path("runs/torture"), metavar="DIR", help="default: runs/torture")
+    sub.add_argument("--json", action="store_true", help="print torture.json")
+
     sub = command(
         "theory", _theory, "compute the statements behind it all: energies, splittings, acceleration, particles"
     )
@@ -587,6 +595,20 @@ def _inspect(options: argparse.Namespace) -> None:
         meter.line(f"Look at {out / 'inspection.html'}")
     if options.json:
         print(json.dumps(inspection))
+
+
+def _torture(options: argparse.Namespace) -> None:
+    if options.count is not None and options.count < 1:
+        raise UserError(f"--count must be at least 1; got {options.count}.")
+    from .torture.run import torture
+
+    found = torture(
+        options.out, options.only, count=options.count, seed=options.seed, tenth=options.tenth, command=options.command
+    )
+    if options.json:
+        print(json.dumps(found))
+    if broken := [case["case"] for case in found["cases"] if case["failed"]]:
+        raise Refuted(f"{', '.join(broken)}: something was lost. What failed is in {options.out / 'failed'}.")
 
 
 def _theory(options: argparse.Namespace) -> None:

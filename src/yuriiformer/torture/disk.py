@@ -11,7 +11,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +62,12 @@ def _few_saves(bench: Bench, name: str) -> Path:
     """A run with three checkpoints, for which the first has to go; it comes to the same end."""
     run = bench.copy(name)
     config = json.loads((run / "config.json").read_text())
-    config["training"] |= {"checkpoint_every": 3 * INTERVAL}
+    config["training"] |= {"checkpoint_every": 3 * INTERVAL, "keep_best": False}
     (run / "config.json").write_text(json.dumps(config))
     return run
 
 
+@lru_cache(maxsize=1)
 def calls(bench: Bench) -> int:
     """How many calls of an undisturbed run change the disk."""
     run, notes = _few_saves(bench, "calls"), bench.folder / "calls.txt"
@@ -76,8 +77,9 @@ def calls(bench: Bench) -> int:
 
 
 def refusal(bench: Bench, seed: int) -> dict[str, Any]:
-    """The call number seed // 5 is refused in the way seed % 5; then go on with a disk that does not."""
-    at, kind = seed // len(REFUSALS), list(REFUSALS)[seed % len(REFUSALS)]
+    """The call number seed // 5 is refused, in each of five ways; then go on with a disk that does not."""
+    at = seed // len(REFUSALS)
+    kind = list(REFUSALS)[(seed + at) % len(REFUSALS)]  # so that every tenth seed takes turns with them
     run = _few_saves(bench, f"disk-{seed}")
     child = bench.train(run, partial(refuse, at, kind))
     code = child.wait()
@@ -99,13 +101,19 @@ def flip(bench: Bench, seed: int) -> dict[str, Any]:
     """One damage to a checkpoint's or the corpus's files: refused, passed over, or without any effect."""
     chance = random.Random(f"flip {seed}")
     if chance.random() < 0.7:
-        return _damaged_checkpoint(bench.whole / "checkpoints", chance)
-    return _damaged_corpus(bench.corpus, chance)
+        return _damaged_checkpoint(bench, chance)
+    return _damaged_corpus(bench, chance)
 
 
-def _damaged_checkpoint(folder: Path, chance: random.Random) -> dict[str, Any]:
+@lru_cache(maxsize=1)
+def _good(bench: Bench) -> tuple[list[Any], Any]:
+    """The states of its checkpoints, and its corpus, undamaged."""
+    return [state_of(path) for _, path in newest_first(bench.whole / "checkpoints")], _contents(bench.corpus)
+
+
+def _damaged_checkpoint(bench: Bench, chance: random.Random) -> dict[str, Any]:
+    folder, good = bench.whole / "checkpoints", _good(bench)[0]
     held = [path for _, path in newest_first(folder)]
-    good = [state_of(path) for path in held]
     names = [path / name for path in held for name in (MODEL, OPTIMIZER, STATE)]
     with _damage(chance, names[: 3 if chance.random() < 0.8 else None], names) as kind:
         try:
@@ -123,8 +131,9 @@ def state_of(checkpoint: Path) -> tuple[Any, ...]:
     return progress, tensors(checkpoint / MODEL), tensors(checkpoint / OPTIMIZER)
 
 
-def _damaged_corpus(folder: Path, chance: random.Random) -> dict[str, Any]:
-    good, names = _contents(folder), [folder / name for name in sorted(os.listdir(folder))]
+def _damaged_corpus(bench: Bench, chance: random.Random) -> dict[str, Any]:
+    folder, good = bench.corpus, _good(bench)[1]
+    names = [folder / name for name in sorted(os.listdir(folder))]
     large = chance.random() < 0.5  # as a file that is too large to be looked through at every start
     with _damage(chance, names, names) as kind:
         limit, corpora.VERIFY_BELOW = corpora.VERIFY_BELOW, 0 if large else corpora.VERIFY_BELOW

@@ -63,6 +63,7 @@ def stop(bench: Bench, seed: int) -> dict[str, Any]:
     else:
         demand(code == 75, f"{number.name}: exit code {code} in place of 75: {child.said[-300:]}")
         demand(bool(newest_first(run / "checkpoints")), f"{number.name}: exit code 75, and nothing was saved")
+        demand(f"Go on with: yuriiformer train --resume {run}" in child.said, f"{number.name}: not said how to go on")
         when = number.name
     bench.finish(run)
     return {when: 1, "seconds": took}

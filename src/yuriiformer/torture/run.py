@@ -50,7 +50,13 @@ TENTH = 10
 
 
 def torture(
-    out: Path, names: Sequence[str] = (), *, count: int | None = None, seed: int = 0, tenth: bool = False
+    out: Path,
+    names: Sequence[str] = (),
+    *,
+    count: int | None = None,
+    seed: int = 0,
+    tenth: bool = False,
+    command: str = "",
 ) -> dict[str, Any]:
     """Try cases and return what is written to out/torture.json; what failed keeps its folder in out/failed.
 
@@ -70,7 +76,7 @@ def torture(
             cases = [_case(name, bench, out, count, seed, tenth) for name in names or CASES]
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    found = {"cases": cases, "machine": describe("cpu")}
+    found = {"command": command, "cases": cases, "machine": describe("cpu")}
     write_json(out / "torture.json", found)
     write_text(out / "table.md", table(found))
     return found

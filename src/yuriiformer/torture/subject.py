@@ -27,11 +27,11 @@ import safetensors.numpy
 from ..data.corpus import Corpus
 from ..presets import DEMO_ARMS
 from ..training.checkpoint import STATE, newest_whole
-from ..training.run import Run
+from ..training.run import MEASURED, Run
 
 STEPS, INTERVAL = 40, 5  # of training, and between checkpoints
 LIMIT = 120.0  # seconds after which a process counts as hung
-CLOCKS = {"seconds", "tokens_per_second", "memory", "mfu"}  # what may differ between two equal runs
+CLOCKS = {*MEASURED, "tokens_per_second"}  # what may differ between two equal runs
 TEXT = "Once upon a time {} grey cats lived by the sea, and {} of them asked the moon for milk.\n"
 SETTINGS = {
     "model": {"layers": 2, "heads": 2, "width": 16, "context": 16},
