@@ -115,6 +115,12 @@ def remove_folder(path: Path) -> None:
             perform(shutil.rmtree, partial)
 
 
+def remove_partials(folder: Path) -> None:
+    """Delete what was cut short in a folder, by a kill or by the disk."""
+    for partial in folder.glob("*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 @contextmanager
 def writer(path: Path, mode: int = os.O_TRUNC) -> Iterator[Callable[[bytes], None]]:
     """A function that writes to a file, and goes on where the system takes only a part."""

@@ -33,6 +33,7 @@ from .training.run import Run
 
 WEIGHTS, INDEX, PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 HUB_FILES = ["config.json", "*.safetensors", INDEX, TOKENIZER, "vocab.json", "merges.txt"]
+HEADER = 1 << 20  # bytes of a safetensors header; GPT-2 XL's has 60,000
 PADDING = 128  # a table may have so many rows more than the tokenizer has tokens
 
 # Our names and GPT-2's; `layers.N` is its `h.N`.
@@ -131,6 +132,10 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
+    """The library checks offsets, shapes and types; a header of hundreds of thousands of tensors keeps it busy."""
+    with path.open("rb") as file:
+        if (header := int.from_bytes(file.read(8), "little")) > HEADER:
+            raise UserError(f"{path} cannot be read: its header says it has {header:,} bytes; {HEADER:,} are allowed.")
     try:
         return safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError) as error:

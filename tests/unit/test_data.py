@@ -5,6 +5,7 @@ import copy
 import gzip
 import json
 import lzma
+import os
 import shutil
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from yuriiformer.data import corpus as corpora
 from yuriiformer.data.corpus import Corpus, dtype_for
 from yuriiformer.data.prepare import pieces, prepare
 from yuriiformer.data.sources import Source
@@ -197,3 +199,74 @@ def test_token_outside_the_vocabulary(corpus, tmp_path):
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"holds token id \d+; its vocabulary has 100"):
         Corpus(copy).batch_at(0, seed=0, batch=4, context=16)
+
+
+def test_a_page_is_looked_at_when_it_is_read(corpus, tmp_path, monkeypatch):
+    """As of a file that is too large to be hashed at every start: a damage is found by who reads it, and by nobody else."""
+    monkeypatch.setattr(corpora, "VERIFY_BELOW", 0)
+    copy = damaged(corpus, tmp_path)
+    file = copy / "train.bin"
+    data = bytearray(file.read_bytes())
+    data[2 * corpora.PAGE + 5] ^= 1
+    file.write_bytes(data)
+    tokens = Corpus(copy).tokens["train"]
+    page = corpora.PAGE // tokens.dtype.itemsize
+    assert (tokens[: 2 * page] == corpus.tokens["train"][: 2 * page]).all()
+    assert (tokens[3 * page :] == corpus.tokens["train"][3 * page :]).all()
+    for part in (slice(2 * page, 2 * page + 1), slice(3 * page - 1, 3 * page + 1), slice(None)):
+        with pytest.raises(UserError, match=r"train.bin is damaged in the 4096 bytes from 8192 on"):
+            tokens[part]
+    data[2 * corpora.PAGE + 5] ^= 1
+    file.write_bytes(data)
+    sums = copy / "train.crc"
+    sums.write_bytes(sums.read_bytes()[:-4])
+    with pytest.raises(UserError, match=r"train.crc is damaged"):
+        Corpus(copy)
+
+
+def test_slices_are_those_of_an_array(corpus):
+    tokens = corpus.tokens["train"]
+    array = np.fromfile(tokens.file, tokens.dtype)
+    generator = np.random.default_rng(0)
+    for start, stop in generator.integers(0, len(array) + 1, (50, 2)):
+        assert (tokens[start : max(start, stop)] == array[start : max(start, stop)]).all()
+    assert len(tokens) == len(array)
+
+
+def test_a_file_that_shrinks_or_goes_while_it_is_read(corpus, tmp_path):
+    copy = damaged(corpus, tmp_path)
+    opened = Corpus(copy)
+    os.truncate(copy / "train.bin", 20)
+    with pytest.raises(UserError, match=r"train.bin was cut short while it was in use"):
+        opened.batch_at(0, seed=0, batch=64, context=16)
+    (copy / "train.bin").unlink()
+    with pytest.raises(UserError, match=r"train.bin is gone"):
+        opened.batch_at(0, seed=0, batch=4, context=16)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"dtype": "uint32"}, "manifest says"),
+        ({"dtype": "complicated"}, "manifest.json is damaged"),
+        ({"vocabulary": 300.5, "format": 7}, "has corpus format 7"),
+        ({"splits": {}}, "manifest.json is damaged"),
+        ({"splits": [1, 2]}, "manifest.json is damaged"),
+    ],
+)
+def test_a_manifest_that_says_what_is_not_so(corpus, tmp_path, change, said):
+    copy = damaged(corpus, tmp_path)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    for sealed in (True, False):
+        (copy / "manifest.json").write_text(json.dumps(manifest | change))
+        with pytest.raises(UserError, match="its sha256 is not its own" if sealed else said):
+            Corpus(copy).batch_at(0, seed=0, batch=4, context=16)
+        manifest.pop("sha256", None)
+
+
+@pytest.mark.parametrize("size", [0, 1, 33])
+def test_empty_and_odd_files(corpus, tmp_path, size):
+    copy = damaged(corpus, tmp_path)
+    os.truncate(copy / "train.bin", size)
+    with pytest.raises(UserError, match=rf"train.bin has {size} bytes, its manifest says"):
+        Corpus(copy)

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import struct
 
 import pytest
 import safetensors.torch
@@ -231,6 +232,45 @@ def test_damaged_folders_are_refused(folder, tmp_path):
     refused("config.json is damaged")
     (folder / "config.json").unlink()
     refused("has no config.json")
+
+
+def header(*tensors, size=None):
+    """A safetensors file of a header, as text, and 16 bytes."""
+    text = ("{" + ",".join(tensors) + "}").encode()
+    return struct.pack("<Q", len(text) if size is None else size) + text + bytes(16)
+
+
+def entry(name="a", dtype="F32", shape="[2]", offsets="[0,8]"):
+    return f'"{name}":{{"dtype":"{dtype}","shape":{shape},"data_offsets":{offsets}}}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        header(entry(), size=1 << 40),
+        header(*(entry(str(n), shape="[0]", offsets="[0,0]") for n in range(20_000))),
+        header(" " * (2 << 20)),
+        header(entry(), entry("b", offsets="[4,12]")),
+        header(entry(offsets="[4,12]")),
+        header(entry(), entry(offsets="[8,16]")),
+        header(entry(shape=f"[{2**62},16]")),
+        header(entry(shape="[-2]")),
+        header(entry(offsets="[NaN,8]")),
+        header(entry(dtype="F99")),
+        header(entry(), entry("b", shape="[1]", offsets="[8,16]")),
+        struct.pack("<Q", 5) + b"[1,2]",
+    ],
+    ids=[
+        "longer than the file", "20,000 tensors", "2 MB of blanks", "overlap", "gap", "twice", "overflow", "negative",
+        "no number", "unknown type", "shape and size", "a list",
+    ],
+)  # fmt: skip
+def test_a_header_that_lies_is_refused(folder, tmp_path, content):
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"model.safetensors cannot be read") as caught:
+        import_run(str(folder), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
 
 
 class Code:

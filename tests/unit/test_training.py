@@ -1,11 +1,6 @@
 """The recipe, and that nothing is lost: resume is bit-identical."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -49,44 +44,6 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, config, corpus, 
     train(parts, stop)
     assert hashes(parts) == hashes(whole)
     assert (parts.path / "summary.json").is_file()
-
-
-def test_killed_at_any_moment_and_resumed_equals_uninterrupted(tmp_path, config, corpus):
-    """kill -9 the real process again and again until it gets through."""
-    config = override(config, {"training.steps": 60, "training.checkpoint_every": 3})
-    whole, killed = start(tmp_path / "whole", config, corpus), start(tmp_path / "killed", config, corpus)
-    train(whole, Stop())
-    kills = 0
-    for attempt in range(30):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "yuriiformer", "train", "--resume", str(killed.path)], stderr=subprocess.DEVNULL
-        )
-        until, target = time.monotonic() + 60, killed.step + 5
-        while process.poll() is None and time.monotonic() < until and killed.step < target:
-            time.sleep(0.002 * (attempt % 5 + 1))
-        if process.poll() is not None:
-            break
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        kills += 1
-    assert process.returncode == 0
-    assert kills >= 3
-    assert hashes(killed) == hashes(whole)
-    assert not list(tmp_path.rglob("*.partial"))
-
-
-def test_sigterm_saves_and_says_how_to_go_on(tmp_path, config, corpus):
-    run = start(tmp_path / "run", override(config, {"training.steps": 100000, "training.checkpoint_every": 0}), corpus)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "yuriiformer", "train", "--resume", str(run.path)], stderr=subprocess.PIPE, text=True
-    )
-    while not run.records() and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 75
-    assert f"yuriiformer train --resume {run.path}" in error
-    assert run.step > 0
 
 
 def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, config, corpus):

@@ -78,7 +78,8 @@ class Corpus:
                 raise UserError(f"{path} has corpus format {self.manifest['format']}; this version reads {FORMAT}.")
             self.vocabulary = int(self.manifest["vocabulary"])
             dtype = np.dtype(self.manifest["dtype"])
-            self.tokens = {name: self._open(name, dtype, entry) for name, entry in self.manifest["splits"].items()}
+            splits = self.manifest["splits"]
+            self.tokens = {name: self._open(name, dtype, splits[name]) for name in ("train", "validation")}
             if sha256(path / TOKENIZER) != self.manifest["tokenizer_sha256"]:
                 raise UserError(
                     f"{path / TOKENIZER} is damaged: its sha256 is not the manifest's. Prepare the corpus again."

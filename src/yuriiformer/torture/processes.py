@@ -52,7 +52,7 @@ def stop(bench: Bench, seed: int) -> dict[str, Any]:
     child = bench.train(run)
     while not child.ready:
         time.sleep(0.001)
-    time.sleep(chance.uniform(0, bench.seconds - (time.monotonic() - began)))
+    time.sleep(chance.uniform(0, max(0.0, bench.seconds - (time.monotonic() - began))))
     sent = time.monotonic()
     child.send(number)
     code = child.wait()

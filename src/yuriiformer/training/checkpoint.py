@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EnvironmentFault, UserError
-from ..files import digest, new_folder, read_json, remove_folder, sha256, write_bytes, write_json
+from ..files import digest, new_folder, read_json, remove_folder, remove_partials, sha256, write_bytes, write_json
 from .distributed import placed_like, whole
 
 FORMAT = 2
@@ -133,6 +133,7 @@ def commit(
         if bad := [key for key, tensor in state.items() if not tensor.isfinite().all()]:
             raise NotFinite(f"{name} of step {progress.step} would hold what is no number, in {bad[0]}")
     target = folder / f"step_{progress.step}"
+    remove_partials(folder)
     remove_folder(target)  # one that was found damaged
     with new_folder(target) as partial:
         files = {}

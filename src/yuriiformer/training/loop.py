@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ import torch
 from ..data.corpus import Corpus
 from ..data.tokenizer import END_OF_TEXT
 from ..errors import EnvironmentFault, Interrupted, UserError
-from ..files import append_line, lock, read_json, sync, write_json
+from ..files import append_line, lock, read_json, remove_partials, sync, write_json
 from ..generate import generate
 from ..model import LanguageModel, flops_per_token
 from ..signals import Stop
@@ -185,8 +184,7 @@ def _train(run: Run, stop: Stop, observe: Observer, world: World) -> dict[str, A
 
 def _newest(run: Run) -> tuple[str, dict[str, Any], list[str]]:
     """The name of the newest whole checkpoint (empty: none), its progress, and what was passed over."""
-    for torso in run.checkpoints.glob("*.partial"):  # of a process that was killed
-        shutil.rmtree(torso, ignore_errors=True)
+    remove_partials(run.checkpoints)  # of a process that was killed
     checkpoint, state, complaints = newest_whole(run.checkpoints)
     return (checkpoint.name, state["progress"], complaints) if checkpoint else ("", {}, [])
 
