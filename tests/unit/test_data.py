@@ -196,6 +196,7 @@ def test_token_outside_the_vocabulary(corpus, tmp_path):
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["vocabulary"] = 100
     del manifest["sha256"]
+    manifest["format"] = 1
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"holds token id \d+; its vocabulary has 100"):
         Corpus(copy).batch_at(0, seed=0, batch=4, context=16)
@@ -259,9 +260,10 @@ def test_a_manifest_that_says_what_is_not_so(corpus, tmp_path, change, said):
     manifest = json.loads((copy / "manifest.json").read_text())
     for sealed in (True, False):
         (copy / "manifest.json").write_text(json.dumps(manifest | change))
-        with pytest.raises(UserError, match="its sha256 is not its own" if sealed else said):
+        with pytest.raises(UserError, match=f"its sha256 is not its own|{said}" if sealed else said):
             Corpus(copy).batch_at(0, seed=0, batch=4, context=16)
         manifest.pop("sha256", None)
+        manifest["format"] = 1
 
 
 @pytest.mark.parametrize("size", [0, 1, 33])

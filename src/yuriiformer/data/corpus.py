@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..errors import UserError
 from ..files import digest, read_json, sha256
 
-FORMAT = 1
+FORMAT, UNSEALED = 2, 1  # the older one has no checksums of its manifest and of pages
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
 VERIFY_BELOW = 1 << 30  # larger files are not hashed at every start
 PAGE = 4096  # bytes with a checksum of their own, looked at whenever one of them is read
@@ -72,10 +72,11 @@ class Corpus:
             )
         self.manifest = read_json(path / MANIFEST)
         try:
-            if self.manifest.pop("sha256", digest(self.manifest)) != digest(self.manifest):
+            seal, format = self.manifest.pop("sha256", None), self.manifest["format"]
+            if format not in (UNSEALED, FORMAT):
+                raise UserError(f"{path} has corpus format {format}; this version reads {UNSEALED} and {FORMAT}.")
+            if seal != digest(self.manifest) and not (seal is None and format == UNSEALED):
                 raise UserError(f"{path / MANIFEST} is damaged: its sha256 is not its own. Prepare the corpus again.")
-            if self.manifest["format"] != FORMAT:
-                raise UserError(f"{path} has corpus format {self.manifest['format']}; this version reads {FORMAT}.")
             self.vocabulary = int(self.manifest["vocabulary"])
             dtype = np.dtype(self.manifest["dtype"])
             splits = self.manifest["splits"]

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..training.checkpoint import newest_first
 from ..training.run import Run
-from .subject import Bench, demand, note_batches, noted
+from .subject import INTERVAL, Bench, demand, note_batches, noted
 
 PATIENCE = 0.05  # seconds that a scheduler may wait between SIGTERM and SIGKILL here
 
@@ -29,6 +29,8 @@ def kill(bench: Bench, seed: int) -> dict[str, Any]:
     child.wait()
     saved = max((step for step, _ in newest_first(run / "checkpoints")), default=0)
     begun = max((line["step"] for line in noted(run / "batches.txt")), default=0)
+    # One checkpoint may be in work while training goes on to the next.
+    demand(begun - saved <= 2 * INTERVAL, f"killed at step {begun}, and the newest checkpoint was of step {saved}")
     when = _when(run, begun)
     bench.finish(run)
     return {when: 1, "steps lost": float(max(0, begun - saved))}
