@@ -12,6 +12,8 @@ import pytest
 
 from yuriiformer.cli import main
 from yuriiformer.report.scores import PAIRED, paired_rows
+from yuriiformer.torture.run import CASES
+from yuriiformer.torture.run import table as torture_table
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -80,6 +82,12 @@ def test_the_paired_tests_of_the_evaluation_page_are_the_measured_ones():
     found = json.loads((ROOT / "results/evaluation/comparison.json").read_text())
     lines = [PAIRED, ("---",) * len(PAIRED), *paired_rows(found)]
     assert "".join(f"| {' | '.join(cells)} |\n" for cells in lines) in (ROOT / "docs/evaluate.md").read_text()
+
+
+def test_the_table_of_torture_is_the_measured_one():
+    found = json.loads((ROOT / "results/torture.json").read_text())
+    assert torture_table(found) in (ROOT / "docs/reliability.md").read_text()
+    assert {case["case"] for case in found["cases"]} == set(CASES)
 
 
 @pytest.mark.parametrize("target", ["demo", "test", "setup"])

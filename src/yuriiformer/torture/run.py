@@ -106,7 +106,7 @@ def _case(name: str, bench: Bench, out: Path, count: int | None, seed: int, tent
         seconds = time.monotonic() - began
         meter.line(f"{name}: {len(notes)} of {len(seeds)}")
     return {
-        "case": name, "promise": case.promise, "kept": len(notes), "of": len(seeds), "seed": seed,
+        "case": name, "promise": case.promise, "kept": len(notes), "of": len(seeds), "seed": seed, "every": seeds.step,
         "seconds": round(seconds, 1), "found": _together(notes), "failed": failed,
     }  # fmt: skip
 
@@ -128,9 +128,10 @@ def table(found: dict[str, Any]) -> str:
     """For the documents: a row for each case."""
     rows = ["| case | what must hold | kept | seeds | what happened |", "| --- | --- | --- | --- | --- |"]
     for case in found["cases"]:
-        last = case["seed"] + case["of"] - 1
+        last = case["seed"] + (case["of"] - 1) * case["every"]
+        seeds = f"{case['seed']} to {last:,}" + (f", every {case['every']}th" if case["every"] > 1 else "")
         rows.append(
-            f"| `{case['case']}` | {case['promise']} | {case['kept']:,} of {case['of']:,} | {case['seed']} to {last:,} "
+            f"| `{case['case']}` | {case['promise']} | {case['kept']:,} of {case['of']:,} | {seeds} "
             f"| {', '.join(_text(key, value) for key, value in case['found'].items())} |"
         )
     return "\n".join(rows) + "\n"
