@@ -270,9 +270,11 @@ def _preset(options: argparse.Namespace) -> presets.Preset:
     return presets.find_preset(options.preset or "demo")
 
 
-def _base(options: argparse.Namespace, scale: float = 1) -> Config:
+def _base(options: argparse.Namespace, scale: float | None = None) -> Config:
     """The preset's config, with the model of a start run, and the file's and the command line's keys over it."""
-    config = presets.scaled(_preset(options).config(), scale)
+    config = _preset(options).config()
+    if scale is not None:
+        config = presets.scaled(config, scale)
     if options.corpus or options.tokenizer:  # a text of one's own brings its vocabulary
         config = replace(config, model=replace(config.model, vocabulary=0))
     if options.start:

@@ -199,11 +199,11 @@ def _plan(
 ) -> dict[str, int]:
     """The steps of each arm; written down before the first run, and checked when the comparison goes on."""
     wanted = {
-        "arms": {arm.name: as_dict(arm.config) for arm in arms},
-        "seeds": list(seeds),
-        "budget": dataclasses.asdict(budget),
         "corpus": corpus.identity,
         "start": Run(Path(arms[0].config.start)).weights if arms[0].config.start else None,
+        "seeds": list(seeds),
+        "budget": dataclasses.asdict(budget),
+        "arms": {arm.name: as_dict(arm.config) for arm in arms},
         "rules": {arm.name: find_rule(arm.config.model.rule).sha256 for arm in arms},
     }
     file = out / "plan.json"
@@ -247,11 +247,12 @@ def speeds(
     changes = {"steps": steps, "evaluate_every": steps, "evaluate_sequences": 1}
     measured: dict[str, list[float]] = {arm.name: [] for arm in arms}
     try:
-        for _ in range(rounds):
-            for arm in arms:
+        with Meter("calibrating", rounds * len(arms)) as meter:
+            for arm in [*arms] * rounds:
                 shutil.rmtree(path, ignore_errors=True)
                 short = override(arm.config, {f"training.{key}": value for key, value in changes.items()})
                 measured[arm.name].append(train(Run.create(path, short, corpus), stop)["tokens_per_second"])
+                meter.advance(1, arm.name)
     finally:
         shutil.rmtree(path, ignore_errors=True)
     return {name: statistics.median(speeds) for name, speeds in measured.items()}

@@ -80,7 +80,7 @@ def costs(plan: dict[str, Any]) -> list[str]:
     e, total, left = plan["estimate"], plan["total"], plan["left"]
     lines = [
         f"On one {e['device']} about {duration(total['h100_hours'])}, {duration(left['h100_hours'])} of it left: an estimate, "
-        f"{total['flops']:.2e} FLOPs at an MFU of {e['mfu']:.0%} of {e['peak_flops'] / 1e12:,.0f} TFLOP/s in bf16; not measured.",
+        f"{total['flops']:.2e} FLOPs at an MFU of {e['mfu']:.0%} of {e['peak_flops'] / 1e12:,.0f} TFLOP/s in bf16, which small models do not reach; not measured.",
     ]
     if "hours_here" in total:
         lines.append(
