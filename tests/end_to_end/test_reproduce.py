@@ -60,7 +60,7 @@ def test_our_numbers_stand_beside_the_published_ones(reproduced, corpus):
         assert "training.steps 100 instead of 10,000" in text
         assert f"text {corpus.manifest['source']} instead of tinystories; tokenizer bpe:300 instead of gpt2" in text
         assert "1.106" in text
-    assert "| gradient_descent | arXiv:2601.23236 | 1.106 |" in table
+    assert "| gradient_descent | arXiv:2601.23236 (another summary: final 1.113) | 1.106 |" in table
     assert page.count("<svg") == 2
     assert (out / "report.html").is_file()
 

@@ -36,7 +36,7 @@ def beside(table: Table, comparison: dict[str, Any], plan: dict[str, Any]) -> di
         best, final = mean(arm["best_validation"].values()), mean(arm["final_validation"].values())
         published = [
             {
-                "source": said.source,
+                "source": f"{said.source} ({said.note})" if said.note else said.source,
                 "best": said.best,
                 "final": said.final,
                 "best_difference": _minus(best, said.best) if not plan["deviations"] else None,
@@ -49,6 +49,7 @@ def beside(table: Table, comparison: dict[str, Any], plan: dict[str, Any]) -> di
         ours = {key: arm[key] for key in ("best_validation", "final_validation", "training_loss")}
         gap = best - mean(arms[baseline]["best_validation"].values()) if name != baseline else None
         rows.append({"arm": name, **ours, "best_minus_baseline": gap, "published": published})
+    several = len(comparison["seeds"]) > 1  # one seed gives no verdict on an arm; the table has its number
     return {
         "title": plan["title"],
         "comparable": not plan["deviations"],
@@ -56,7 +57,7 @@ def beside(table: Table, comparison: dict[str, Any], plan: dict[str, Any]) -> di
         "seeds": comparison["seeds"],
         "rows": rows,
         "scores": {},
-        "verdict": comparison["verdict"],
+        "verdict": comparison["verdict"][0 if several else len(arms) - 1 :],
         "plan": plan,
         "corpus": comparison["corpus"],
         "machine": comparison["machine"],
