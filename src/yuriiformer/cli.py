@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from . import __version__, presets
 from .config import Config, flat_keys, load, override
 from .errors import EnvironmentFault, Interrupted, Refuted, UserError
+from .signals import SIGNALS, Stop
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -44,7 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
         options.run(options)
         return 0
     except UserError as error:
-        print(f"yuriiformer: {error}", file=sys.stderr)
+        # Processes that train one run together fail together; what only one machine refuses, that one tells.
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, EnvironmentFault):
+            print(f"yuriiformer: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("yuriiformer: stopped.", file=sys.stderr)
@@ -297,13 +300,13 @@ def _base(options: argparse.Namespace, scale: float | None = None) -> Config:
     return config
 
 
-def _corpus(options: argparse.Namespace, beside: Path) -> Corpus:
+def _corpus(options: argparse.Namespace, beside: Path, stop: Stop) -> Corpus:
     """A corpus by its directory, or prepared once from a source into a folder beside what is made with it."""
     if corpus := _prepared_already(options, beside):
         return corpus
     preset, source, tokenizer = _preset(options), *_text(options)
     held_out = preset.held_out if source == preset.source else presets.Preset.held_out
-    return _prepared(source, beside / "corpus", tokenizer, None, held_out, None)
+    return _prepared(source, beside / "corpus", tokenizer, None, held_out, None, stop)
 
 
 def _text(options: argparse.Namespace) -> tuple[str, str]:
@@ -336,7 +339,13 @@ def _prepared_already(options: argparse.Namespace, beside: Path) -> Corpus | Non
 
 
 def _prepared(
-    source: str, out: Path, tokenizer: str, validation: str | None, fraction: float, workers: int | None
+    source: str,
+    out: Path,
+    tokenizer: str,
+    validation: str | None,
+    fraction: float,
+    workers: int | None,
+    stop: Stop,
 ) -> Corpus:
     from .data.prepare import passes, prepare
     from .data.sources import Source
@@ -344,6 +353,12 @@ def _prepared(
 
     size = Source(source).size
     with Meter(f"preparing {source}", size * passes(tokenizer) if size else None) as meter:
+
+        def advance(amount: float) -> None:
+            if stop.requested:
+                raise Interrupted(f"stopped while preparing {source}; nothing is kept of that.")
+            meter.advance(amount)
+
         corpus = prepare(
             source,
             out,
@@ -351,7 +366,7 @@ def _prepared(
             validation=validation,
             fraction=fraction,
             workers=workers,
-            progress=meter.advance,
+            progress=advance,
         )
         counts = {name: f"{entry['tokens']:,}" for name, entry in corpus.manifest["splits"].items()}
         meter.line(
@@ -361,7 +376,10 @@ def _prepared(
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    _prepared(options.source, options.out, options.tokenizer, options.validation, options.fraction, options.workers)
+    with Stop().on_signals() as stop, _go_on("The same command starts again."):
+        _prepared(
+            options.source, options.out, options.tokenizer, options.validation, options.fraction, options.workers, stop
+        )
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -376,9 +394,10 @@ def _compare(options: argparse.Namespace) -> None:
     ]
 
     from .compare import Budget, compare, controls, parse_arm
+    from .data.corpus import Corpus
     from .progress import console
     from .report.tables import show
-    from .training.loop import Stop
+    from .training.distributed import joined
 
     training = base.training
     if given and not 0 < given[0][1] < math.inf:
@@ -389,9 +408,12 @@ def _compare(options: argparse.Namespace) -> None:
         names, missing = [*names, *missing], []
     arms = [parse_arm(name, base) for name in names]
     seeds = range(training.seed, training.seed + options.seeds)
-    corpus = _corpus(options, options.out)
-    with Stop().on_signals() as stop, _go_on("The same command goes on."):
-        compare(arms, seeds, Budget(kind, amount), corpus, options.out, options.command, stop)
+    with Stop().on_signals() as stop, _go_on("The same command goes on."), joined(training.device) as world:
+        made = world.lead(lambda: str(_corpus(options, options.out, stop).path))
+        corpus = Corpus(Path(made))
+        compare(arms, seeds, Budget(kind, amount), corpus, options.out, options.command, stop, world)
+    if not world.leads:
+        return
 
     comparison = _report(options.out, missing)
     show(comparison, console)
@@ -414,51 +436,68 @@ def _reproduce(options: argparse.Namespace) -> None:
     tasks = [name.strip() for name in (options.tasks or "").split(",") if name]
     asked = _base(options, options.scale)
     seeds = range(asked.training.seed, asked.training.seed + options.seeds)
+    measured: dict[str, float] = {}  # tokens per second of each arm, where a calibration tells them
 
-    from .compare import Budget, compare
-    from .data.tokenizer import vocabulary_of
-    from .files import write_json, write_text
-    from .progress import console
-    from .report.reproduction import beside, markdown, show, show_plan, write_page
-    from .reproduce import arms_of, deviations, measure, plan, with_vocabulary
-    from .training.loop import Stop
+    with Stop().on_signals() as stop, _go_on("The same command goes on."):
+        from .compare import Budget, compare
+        from .data.corpus import Corpus
+        from .data.tokenizer import vocabulary_of
+        from .files import write_json, write_text
+        from .progress import console
+        from .report.reproduction import beside, markdown, show, show_plan, write_page
+        from .reproduce import arms_of, deviations, measure, plan, with_vocabulary
+        from .training.distributed import joined
 
-    def planned(corpus: Corpus | None, measured: dict[str, float]) -> tuple[list[Arm], dict[str, Any]]:
-        """The arms and what they cost; before the text is there, with the vocabulary that it will have."""
-        found = corpus and corpus.manifest
-        source, tokenizer = (found["source"], found["tokenizer"]) if found else _text(options)
-        base = with_vocabulary(asked, corpus.vocabulary if corpus else vocabulary_of(tokenizer))
-        arms = arms_of(table, base, options.controls)
-        differ = deviations(base, _preset(options), source, tokenizer)
-        return arms, {"title": table.title, "deviations": differ, **plan(arms, seeds, out, measured)}
+        def text(corpus: Corpus | None) -> tuple[str, str, int]:
+            """Source, tokenizer and its tokens, of what is there or of what will be prepared."""
+            if corpus:
+                return corpus.manifest["source"], corpus.manifest["tokenizer"], corpus.vocabulary
+            source, tokenizer = _text(options)
+            return source, tokenizer, vocabulary_of(tokenizer)
 
+        def arms(corpus: Corpus | None) -> list[Arm]:
+            return arms_of(table, with_vocabulary(asked, text(corpus)[2]), options.controls)
+
+        def cost(corpus: Corpus | None) -> dict[str, Any]:
+            source, tokenizer, tokens = text(corpus)
+            differ = deviations(with_vocabulary(asked, tokens), _preset(options), source, tokenizer)
+            return {"title": table.title, "deviations": differ, **plan(arms(corpus), seeds, out, measured)}
+
+        def begin() -> str:
+            """Tell what it costs and have the text prepared; empty when that was all that was asked."""
+            corpus = _prepared_already(options, out)
+            if options.calibrate:
+                corpus = corpus or _corpus(options, out, stop)
+                measured.update(measure(arms(corpus), corpus, out, stop))
+            costs = cost(corpus)
+            show_plan(costs, console)
+            if options.plan:
+                if options.json:
+                    print(json.dumps(costs))
+                return ""
+            if tasks:
+                with _extra("evaluate"):  # what they lack is told before the first run
+                    from .evaluate.tasks import read
+                read(tasks, None, options.data, out / "tasks")
+            return str((corpus or _corpus(options, out, stop)).path)
+
+        with joined(asked.training.device) as world:
+            if world.size > 1 and options.calibrate:
+                raise UserError("--calibrate measures one process; leave it out.")
+            if not (made := world.lead(begin)):
+                return
+            corpus = Corpus(Path(made))
+            training, context = asked.training, asked.model.context
+            budget = Budget("tokens", training.steps * training.batch * context)
+            compare(arms(corpus), seeds, budget, corpus, out, options.command, stop, world)
+    if not world.leads:
+        return
+
+    comparison = _report(out, [])
+    found = beside(table, comparison, cost(corpus))
     with _go_on("The same command goes on."), _stoppable():
-        corpus, measured = _prepared_already(options, out), {}
-        if options.calibrate:
-            corpus = corpus or _corpus(options, out)
-            with Stop().on_signals() as stop:
-                measured = measure(planned(corpus, {})[0], corpus, out, stop)
-        _, cost = planned(corpus, measured)
-        show_plan(cost, console)
-        if options.plan:
-            if options.json:
-                print(json.dumps(cost))
-            return
-        if tasks:
-            with _extra("evaluate"):  # what they lack is told before the first run
-                from .evaluate.tasks import read
-            read(tasks, None, options.data, out / "tasks")
-        corpus = corpus or _corpus(options, out)
-        arms, _ = planned(corpus, measured)
-        training = arms[0].config.training
-        budget = Budget("tokens", training.steps * training.batch * arms[0].config.model.context)
-        with Stop().on_signals() as stop:
-            compare(arms, seeds, budget, corpus, out, options.command, stop)
-        comparison = _report(out, [])
-        found = beside(table, comparison, planned(corpus, measured)[1])
-        for arm in arms if tasks else []:
+        for arm in arms(corpus) if tasks else []:
             found["scores"][arm.name] = _scores(arm, seeds, out, tasks, options.data, options.limit)
-
     write_json(out / "reproduction.json", found)
     write_page(found, comparison, out / "reproduction.html")
     write_text(out / "reproduction.md", markdown(found))
@@ -470,27 +509,30 @@ def _reproduce(options: argparse.Namespace) -> None:
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """SIGTERM is Ctrl-C, and either ends a command that will go on: for the parts that no Stop watches over."""
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Each signal that asks to stop is Ctrl-C: for what goes on by itself the next time, and looks at no Stop."""
+    previous = {number: signal.signal(number, signal.default_int_handler) for number in SIGNALS}
     try:
         yield
     except KeyboardInterrupt:
         raise Interrupted("stopped.") from None
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _scores(
     arm: Arm, seeds: Sequence[int], out: Path, tasks: list[str], data: Path | None, limit: int | None
 ) -> dict[str, dict[str, Any]]:
-    """What lm-eval says of each run of an arm, by task and seed: acc_norm, or acc where a task has none."""
+    """What lm-eval says of the best checkpoint of each run of an arm, by task and seed: acc_norm, or acc where a task has none."""
     from .evaluate.evaluate import evaluate
 
     scores: dict[str, dict[str, Any]] = {task: {} for task in tasks}
     for seed in seeds:
         path = arm.path(out, seed)
         if (path / "summary.json").is_file():  # else it diverged
-            for task, found in evaluate(path, tasks=tasks, data=data, limit=limit)["tasks"].items():
+            for task, found in evaluate(
+                path, tasks=tasks, data=data, limit=limit, best=True, out=path / "evaluation_best"
+            )["tasks"].items():
                 (name, numbers), *_ = found["results"].items()
                 value = numbers.get("acc_norm", numbers.get("acc"))
                 scores[task][str(seed)] = {"value": value, "documents": found["documents"][name]}
@@ -525,30 +567,41 @@ def _train(options: argparse.Namespace) -> None:
         raise UserError("give --out for a new run or --resume for an old one, not both.")
     if not (options.resume or options.out):
         raise UserError("where to? Give --out DIR for a new run or --resume DIR for an old one.")
-    from .compare import parse_arm, train_with_meter
-    from .progress import Meter
-    from .training.loop import Stop
-    from .training.run import Run, definite
+    with Stop().on_signals() as stop:  # from here on, while the libraries load
+        from .compare import parse_arm, train_with_meter
+        from .data.corpus import Corpus
+        from .progress import Meter
+        from .training.distributed import joined
+        from .training.run import Run, definite
 
-    if options.resume:
-        names = ("arm", "rule", "splitting", "preset", "schedule", "corpus", "tokenizer", "start", "config", "set")
-        given = [name for name in names if getattr(options, name)]
-        if given:
-            raise UserError(f"a resumed run keeps its own {given[0]}; leave it out, or start a new run with --out.")
-        run, line = Run(options.resume), f"going on with {options.resume}"
-    else:
-        head, comma, rest = (options.arm or presets.DEMO_ARMS[-1]).partition(",")
-        rule, _, splitting = head.partition(":")
-        text = f"{options.rule or rule}:{options.splitting or splitting or 'auto'}{comma}{rest}"
-        arm = parse_arm(text, _base(options))
-        corpus = _corpus(options, options.out.parent)
-        config, line = definite(arm.config, corpus)
-        run = Run.create(options.out, config, corpus)
-    with Stop().on_signals() as stop, Meter("training", run.config.training.steps) as meter:
-        meter.line(line)
-        with _go_on(f"Go on with: yuriiformer train --resume {run.path}"):
-            train_with_meter(run, meter, run.config.model.rule, 1, stop)
-        meter.line(f"Generate with: yuriiformer generate {run.path} --prompt '...'")
+        if options.resume:
+            names = ("arm", "rule", "splitting", "preset", "schedule", "corpus", "tokenizer", "start", "config", "set")
+            if given := [name for name in names if getattr(options, name)]:
+                raise UserError(f"a resumed run keeps its own {given[0]}; leave it out, or start a new run with --out.")
+            run = Run(options.resume)
+            base = run.config
+        else:
+            base = _base(options)
+        with (
+            joined(base.training.device) as world,
+            _go_on(f"Go on with: yuriiformer train --resume {options.resume or options.out}"),
+        ):
+            if options.resume:
+                line = f"going on with {options.resume}"
+            else:
+                head, comma, rest = (options.arm or presets.DEMO_ARMS[-1]).partition(",")
+                rule, _, splitting = head.partition(":")
+                text = f"{options.rule or rule}:{options.splitting or splitting or 'auto'}{comma}{rest}"
+                arm = parse_arm(text, base)
+                made = world.lead(lambda: str(_corpus(options, options.out.parent, stop).path))
+                corpus = Corpus(Path(made))
+                config, line = definite(arm.config, corpus)
+                world.lead(lambda: Run.create(options.out, config, corpus) and None)
+                run = Run(options.out)
+            with Meter("training", run.config.training.steps) as meter:
+                meter.line(line)
+                train_with_meter(run, meter, run.config.model.rule, 1, stop, world)
+                meter.line(f"Generate with: yuriiformer generate {run.path} --prompt '...'")
 
 
 def _import(options: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from .data.corpus import Corpus
 from .files import disk_errors, lock, read_json
 from .model import LanguageModel, flops_per_token, training_flops_per_token
 from .presets import Preset, Table
-from .training.loop import Stop
+from .signals import Stop
 from .training.run import Run, definite, padded_vocabulary
 
 # What the estimate assumes; docs/performance.md says what was measured.
