@@ -137,7 +137,8 @@ def test_tables_are_the_measured_ones():
         shown = re.findall(r"<!-- (\S+) -->\n((?:\|.*\n)+)", document.read_text())
         assert len(shown) >= 2
         for source, table in shown:
-            assert table == (ROOT / source).read_text(), source
+            measured = re.findall(r"^\|.*\n", (ROOT / source).read_text(), re.MULTILINE)
+            assert table == "".join(measured), source
 
 
 def test_the_speeds_of_generation_are_the_measured_ones():
