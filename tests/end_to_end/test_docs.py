@@ -30,7 +30,17 @@ TINY = [
 CUT = {
     "compare": TINY,
     "train": TINY,
-    "reproduce": ["--scale", "0.0003", "--corpus", "my_text.txt", "--tokenizer", "bpe:300", *TINY[:1], *TINY[2:]],
+    "reproduce": [
+        "--scale",
+        "0.0003",
+        "--corpus",
+        "my_text.txt",
+        "--tokenizer",
+        "bpe:300",
+        *TINY[:1],
+        *TINY[2:],
+        "model.heads=3",
+    ],
     "generate": ["--tokens", "5"],
     "theory": ["--only", "log_sum_exp", "commutator", "beyond_quadratics"],
 }
