@@ -21,10 +21,11 @@ from .errors import UserError, unknown
 from .files import lock, read_json, write_json
 from .model import training_flops_per_token
 from .presets import SCALED, SECOND_TABLE, ZERO_START
+from .engines import Engine, Job, local
 from .progress import Meter
 from .rule import find_rule
 from .surgery import operate
-from .training.loop import Diverged, Stop, train
+from .training.loop import Stop, train
 from .training.run import Run, definite
 
 CALIBRATION_STEPS, CALIBRATION_ROUNDS = 40, 3
@@ -33,7 +34,6 @@ SHARED = {
     "steps", "batch", "micro_batch", "seed", "evaluate_every", "evaluate_sequences", "checkpoint_every", "keep",
     "device", "precision", "compile", "context", "vocabulary",
 }  # fmt: skip
-DIVERGED = "diverged.json"
 CALIBRATION = "calibration"  # a folder for short runs that are thrown away
 
 
@@ -123,12 +123,15 @@ def controls(names: Sequence[str]) -> list[str]:
 
 
 def compare(
-    arms: Sequence[Arm], seeds: Sequence[int], budget: Budget, corpus: Corpus, out: Path, command: str, stop: Stop
-) -> None:
+    arms: Sequence[Arm], seeds: Sequence[int], budget: Budget, corpus: Corpus, out: Path, command: str, stop: Stop,
+    engine: Engine = local,
+) -> None:  # fmt: skip
     """Train every arm with every seed into `out`, or what is missing of it. The first arm is the baseline.
 
     Raises UserError when `out` holds another comparison, Interrupted (everything saved) when asked to stop.
     """
+    if budget.kind == "seconds" and engine.func is on_ray:
+        raise UserError()
     with Meter("comparing", None) as meter:
         made = [(arm, *definite(arm.config, corpus)) for arm in arms]
         meter.line(f"{len(arms)} arms x {len(seeds)} seeds on {made[0][2]}")
@@ -141,53 +144,26 @@ def compare(
     out.mkdir(parents=True, exist_ok=True)
     with lock(out, "comparison"):
         steps = _plan(arms, seeds, budget, corpus, out, command, stop)
-        _run(arms, seeds, steps, corpus, out, stop)
+        _run(arms, seeds, steps, out, stop, engine)
 
 
 def _run(
-    arms: Sequence[Arm], seeds: Sequence[int], steps: dict[str, int], corpus: Corpus, out: Path, stop: Stop
+    arms: Sequence[Arm], seeds: Sequence[int], steps: dict[str, int], out: Path, stop: Stop, engine: Engine
 ) -> None:
     """Train what is missing, seed by seed, so that an early look has every arm."""
     runs = [(seed, arm) for seed in seeds for arm in arms]
-    cost = {arm.name: steps[arm.name] * training_flops_per_token(arm.config.model) for arm in arms}
-    with Meter("comparing", float(sum(cost[arm.name] for _, arm in runs))) as meter:
-        for number, (seed, arm) in enumerate(runs, 1):
-            label = f"[{number}/{len(runs)}] {arm.name}, seed {seed}"
-            path = out / "runs" / f"{arm.slug}-seed{seed}"
-            config = override(arm.config, {"training.seed": seed, "training.steps": steps[arm.name]})
-            run = Run(path) if path.exists() else Run.create(path, config, corpus)
-            if run.complete or (path / DIVERGED).is_file():
-                meter.skip(cost[arm.name])
-                continue
-            try:
-                train_with_meter(run, meter, label, cost[arm.name] / config.training.steps, stop)
-            except Diverged as error:  # a result, too: the other arms go on
-                write_json(path / DIVERGED, {"message": str(error)})
-                meter.line(str(error))
-
-
-def train_with_meter(run: Run, meter: Meter, label: str, work_per_step: float, stop: Stop) -> None:
-    """Train a run and show how it goes; a step counts `work_per_step` on the meter."""
-    at, validation = run.step, ""
-    meter.skip(at * work_per_step)
-
-    def observe(record: dict[str, Any]) -> None:
-        nonlocal at, validation
-        if "warning" in record:
-            meter.line(f"warning: {record['warning']}")
-            return
-        if "validation" in record:
-            validation = f", validation {record['validation']:.3f}"
-        speed = record["tokens"] / record["seconds"]
-        text = f"step {record['step']}/{run.config.training.steps}, loss {record['loss']:.3f}{validation}, {speed:,.0f} tokens/s"
-        meter.advance((record["step"] - at) * work_per_step, f"{label}: {text}")
-        at = record["step"]
-
-    summary = train(run, stop, observe)
-    meter.line(
-        f"{label}: validation {summary['final_validation']:.4f} after {summary['steps']} steps, "
-        f"{summary['seconds']:.0f} s, {summary['tokens_per_second']:,.0f} tokens/s"
-    )
+    jobs = [
+        Job(
+            out / "runs" / f"{arm.slug}-seed{seed}",
+            override(arm.config, {"training.seed": seed, "training.steps": steps[arm.name]}),
+            f"[{number}/{len(runs)}] {arm.name}, seed {seed}",
+        )
+        for number, (seed, arm) in enumerate(runs, 1)
+    ]
+    with Meter("comparing", sum(job.flops for job in jobs)) as meter:
+        meter.skip(sum(job.flops for job in jobs if job.finished))
+        if missing := [job for job in jobs if not job.finished]:
+            engine(missing, meter, stop)
 
 
 def _plan(
