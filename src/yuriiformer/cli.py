@@ -88,6 +88,7 @@ def _parser() -> Parser:
         help="default: runs/demo; an unfinished comparison there goes on",
     )
     _recipe_arguments(sub)
+    _engine_arguments(sub)
     sub.add_argument(
         "--json", action="store_true", help="print comparison.json; everything else goes to standard error"
     )
@@ -99,6 +100,12 @@ def _parser() -> Parser:
     sub.add_argument("--rule", metavar="NAME|FILE.py", help="the same as naming it as ARM")
     sub.add_argument("--splitting", metavar="NAME", help="the same as ARM:NAME")
     _recipe_arguments(sub)
+    _track_argument(sub)
+
+    sub = command("status", _status, "say how a run or a comparison stands: running, stopped or dead, and what to do next")
+    sub.add_argument("directory", type=Path, metavar="DIR", help="a run's directory, or a comparison's")
+    sub.add_argument("--verify", action="store_true", help="also read every checkpoint and compare its checksums")
+    sub.add_argument("--json", action="store_true")
 
     sub = command("prepare", _prepare, "turn text into a corpus")
     sub.add_argument(
@@ -221,6 +228,20 @@ def _recipe_arguments(sub: Parser) -> None:
     )
 
 
+def _engine_arguments(sub: Parser) -> None:
+    sub.add_argument(
+        "--engine", default="local", metavar="NAME", help="local: one run after another; ray: many at once on a cluster"
+    )
+    sub.add_argument(
+        "--workers", type=int, metavar="N", help="runs at once with --engine ray; default one a GPU, or one a core"
+    )
+    _track_argument(sub)
+
+
+def _track_argument(sub: Parser) -> None:
+    sub.add_argument("--track", default="", metavar="NAME,...", help="also show it in tensorboard, trackio, wandb")
+
+
 def _keys() -> str:
     lines = ["config keys:"]
     demo = presets.demo()
@@ -315,11 +336,16 @@ def _compare(options: argparse.Namespace) -> None:
     ]
 
     from .compare import Budget, compare, controls, parse_arm
+    from .engines import find_engine
     from .files import write_json, write_text
     from .progress import console
     from .report.comparison import collect
+    from .tracking import chosen
     from .training.loop import Stop
 
+    engine = find_engine(options.engine, options.workers, chosen(options.track))
+    if options.engine != "local" and options.seconds is not None:
+        raise UserError("--seconds is measured on this machine, and --engine ray trains elsewhere; give --tokens or --flops.")
     training = base.training
     if given and not 0 < given[0][1] < math.inf:
         raise UserError(f"--{given[0][0]} must be a positive number; got {given[0][1]:g}.")
@@ -331,7 +357,7 @@ def _compare(options: argparse.Namespace) -> None:
     seeds = range(training.seed, training.seed + options.seeds)
     corpus = _corpus(options.corpus, options.out, options.start)
     with Stop().on_signals() as stop, _go_on("The same command goes on."):
-        compare(arms, seeds, Budget(kind, amount), corpus, options.out, options.command, stop)
+        compare(arms, seeds, Budget(kind, amount), corpus, options.out, options.command, stop, engine)
 
     from .report.page import write_page
     from .report.tables import markdown, show
@@ -362,11 +388,14 @@ def _train(options: argparse.Namespace) -> None:
         raise UserError("give --out for a new run or --resume for an old one, not both.")
     if not (options.resume or options.out):
         raise UserError("where to? Give --out DIR for a new run or --resume DIR for an old one.")
-    from .compare import parse_arm, train_with_meter
+    from .compare import parse_arm
+    from .engines import Follower, Job, told
     from .progress import Meter
-    from .training.loop import Stop
+    from .tracking import chosen
+    from .training.loop import Stop, train
     from .training.run import Run, definite
 
+    track = chosen(options.track)
     if options.resume:
         given = [n for n in ("arm", "rule", "splitting", "corpus", "start", "config", "set") if getattr(options, n)]
         if given:
@@ -380,11 +409,27 @@ def _train(options: argparse.Namespace) -> None:
         corpus = _corpus(options.corpus, options.out.parent, options.start)
         config, line = definite(arm.config, corpus)
         run = Run.create(options.out, config, corpus)
-    with Stop().on_signals() as stop, Meter("training", run.config.training.steps) as meter:
+    job = Job(run.path, run.config, run.config.model.rule)
+    with Stop().on_signals() as stop, Meter("training", job.flops) as meter:
         meter.line(line)
-        with _go_on(f"Go on with: yuriiformer train --resume {run.path}"):
-            train_with_meter(run, meter, run.config.model.rule, 1, stop)
+        with _go_on(f"Go on with: yuriiformer train --resume {run.path}"), Follower(job, meter, track) as follower:
+            follower.shown.finish(told(train(run, stop, follower.observe)))
         meter.line(f"Generate with: yuriiformer generate {run.path} --prompt '...'")
+
+
+def _status(options: argparse.Namespace) -> None:
+    from .report.status import show, status
+
+    found = status(options.directory, verify=options.verify)
+    if options.json:
+        print(json.dumps(found))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 170)
+    show(found, console)
 
 
 def _import(options: argparse.Namespace) -> None:

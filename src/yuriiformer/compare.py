@@ -130,8 +130,6 @@ def compare(
 
     Raises UserError when `out` holds another comparison, Interrupted (everything saved) when asked to stop.
     """
-    if budget.kind == "seconds" and engine.func is on_ray:
-        raise UserError()
     with Meter("comparing", None) as meter:
         made = [(arm, *definite(arm.config, corpus)) for arm in arms]
         meter.line(f"{len(arms)} arms x {len(seeds)} seeds on {made[0][2]}")

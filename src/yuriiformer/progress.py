@@ -51,7 +51,7 @@ class Meter:
         line = f"{self.label} {chr(10).join(filter(None, self._texts.values()))}{self._left()}".strip()
         if self._bar:
             self._bar.update(self._task, completed=self.done, total=self.total, description=line)
-        elif time.monotonic() - self._printed > LINE_EVERY:
+        elif line != self.label and time.monotonic() - self._printed > LINE_EVERY:
             self._printed = time.monotonic()
             console.print(line, soft_wrap=True, markup=False)
 
