@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from . import __version__, presets
 from .config import Config, flat_keys, load, override
 from .errors import EnvironmentFault, Interrupted, Refuted, UserError
+from .signals import Stop
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -42,7 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
         options.run(options)
         return 0
     except UserError as error:
-        print(f"yuriiformer: {error}", file=sys.stderr)
+        # Processes that train one run together fail together; what only one machine refuses, that one tells.
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, EnvironmentFault):
+            print(f"yuriiformer: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("yuriiformer: stopped.", file=sys.stderr)
@@ -102,7 +105,9 @@ def _parser() -> Parser:
     _recipe_arguments(sub)
     _track_argument(sub)
 
-    sub = command("status", _status, "say how a run or a comparison stands: running, stopped or dead, and what to do next")
+    sub = command(
+        "status", _status, "say how a run or a comparison stands: running, stopped or dead, and what to do next"
+    )
     sub.add_argument("directory", type=Path, metavar="DIR", help="a run's directory, or a comparison's")
     sub.add_argument("--verify", action="store_true", help="also read every checkpoint and compare its checksums")
     sub.add_argument("--json", action="store_true")
@@ -275,7 +280,7 @@ def _base(options: argparse.Namespace) -> Config:
     return config
 
 
-def _corpus(source: str | None, beside: Path, start: Path | None) -> Corpus:
+def _corpus(source: str | None, beside: Path, start: Path | None, stop: Stop) -> Corpus:
     """A corpus by its directory, or prepared once from a source into a folder beside what is made with it."""
     from .data.corpus import MANIFEST, TOKENIZER, Corpus
     from .data.sources import Source
@@ -292,11 +297,17 @@ def _corpus(source: str | None, beside: Path, start: Path | None) -> Corpus:
                 f"{made} was prepared from another {source!r} ({corpus.manifest['source']}); choose another --out."
             )
         return corpus
-    return _prepared(source, made, str(start / TOKENIZER) if start else "bpe:1024", None, 0.05, None)
+    return _prepared(source, made, str(start / TOKENIZER) if start else "bpe:1024", None, 0.05, None, stop)
 
 
 def _prepared(
-    source: str, out: Path, tokenizer: str, validation: str | None, fraction: float, workers: int | None
+    source: str,
+    out: Path,
+    tokenizer: str,
+    validation: str | None,
+    fraction: float,
+    workers: int | None,
+    stop: Stop,
 ) -> Corpus:
     from .data.prepare import passes, prepare
     from .data.sources import Source
@@ -304,6 +315,12 @@ def _prepared(
 
     size = Source(source).size
     with Meter(f"preparing {source}", size * passes(tokenizer) if size else None) as meter:
+
+        def advance(amount: float) -> None:
+            if stop.requested:
+                raise Interrupted(f"stopped while preparing {source}; nothing is kept of that.")
+            meter.advance(amount)
+
         corpus = prepare(
             source,
             out,
@@ -311,7 +328,7 @@ def _prepared(
             validation=validation,
             fraction=fraction,
             workers=workers,
-            progress=meter.advance,
+            progress=advance,
         )
         counts = {name: f"{entry['tokens']:,}" for name, entry in corpus.manifest["splits"].items()}
         meter.line(
@@ -321,7 +338,10 @@ def _prepared(
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    _prepared(options.source, options.out, options.tokenizer, options.validation, options.fraction, options.workers)
+    with Stop().on_signals() as stop, _go_on("The same command starts again."):
+        _prepared(
+            options.source, options.out, options.tokenizer, options.validation, options.fraction, options.workers, stop
+        )
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -336,16 +356,19 @@ def _compare(options: argparse.Namespace) -> None:
     ]
 
     from .compare import Budget, compare, controls, parse_arm
+    from .data.corpus import Corpus
     from .engines import find_engine
     from .files import write_json, write_text
     from .progress import console
     from .report.comparison import collect
     from .tracking import chosen
-    from .training.loop import Stop
+    from .training.distributed import joined
 
     engine = find_engine(options.engine, options.workers, chosen(options.track))
     if options.engine != "local" and options.seconds is not None:
-        raise UserError("--seconds is measured on this machine, and --engine ray trains elsewhere; give --tokens or --flops.")
+        raise UserError(
+            "--seconds is measured on this machine, and --engine ray trains elsewhere; give --tokens or --flops."
+        )
     training = base.training
     if given and not 0 < given[0][1] < math.inf:
         raise UserError(f"--{given[0][0]} must be a positive number; got {given[0][1]:g}.")
@@ -355,9 +378,12 @@ def _compare(options: argparse.Namespace) -> None:
         names, missing = [*names, *missing], []
     arms = [parse_arm(name, base) for name in names]
     seeds = range(training.seed, training.seed + options.seeds)
-    corpus = _corpus(options.corpus, options.out, options.start)
-    with Stop().on_signals() as stop, _go_on("The same command goes on."):
-        compare(arms, seeds, Budget(kind, amount), corpus, options.out, options.command, stop, engine)
+    with Stop().on_signals() as stop, _go_on("The same command goes on."), joined(training.device) as world:
+        made = world.lead(lambda: str(_corpus(options.corpus, options.out, options.start, stop).path))
+        corpus = Corpus(Path(made))
+        compare(arms, seeds, Budget(kind, amount), corpus, options.out, options.command, stop, world, engine)
+    if not world.leads:
+        return
 
     from .report.page import write_page
     from .report.tables import markdown, show
@@ -388,33 +414,46 @@ def _train(options: argparse.Namespace) -> None:
         raise UserError("give --out for a new run or --resume for an old one, not both.")
     if not (options.resume or options.out):
         raise UserError("where to? Give --out DIR for a new run or --resume DIR for an old one.")
-    from .compare import parse_arm
-    from .engines import Follower, Job, told
-    from .progress import Meter
-    from .tracking import chosen
-    from .training.loop import Stop, train
-    from .training.run import Run, definite
+    with Stop().on_signals() as stop:  # from here on, while the libraries load
+        from .compare import parse_arm
+        from .data.corpus import Corpus
+        from .engines import Follower, Job, told
+        from .progress import Meter
+        from .tracking import chosen
+        from .training.distributed import joined
+        from .training.loop import train
+        from .training.run import Run, definite
 
-    track = chosen(options.track)
-    if options.resume:
-        given = [n for n in ("arm", "rule", "splitting", "corpus", "start", "config", "set") if getattr(options, n)]
-        if given:
-            raise UserError(f"a resumed run keeps its own {given[0]}; leave it out, or start a new run with --out.")
-        run, line = Run(options.resume), f"going on with {options.resume}"
-    else:
-        head, comma, rest = (options.arm or presets.DEMO_ARMS[-1]).partition(",")
-        rule, _, splitting = head.partition(":")
-        text = f"{options.rule or rule}:{options.splitting or splitting or 'auto'}{comma}{rest}"
-        arm = parse_arm(text, _base(options))
-        corpus = _corpus(options.corpus, options.out.parent, options.start)
-        config, line = definite(arm.config, corpus)
-        run = Run.create(options.out, config, corpus)
-    job = Job(run.path, run.config, run.config.model.rule)
-    with Stop().on_signals() as stop, Meter("training", job.flops) as meter:
-        meter.line(line)
-        with _go_on(f"Go on with: yuriiformer train --resume {run.path}"), Follower(job, meter, track) as follower:
-            follower.shown.finish(told(train(run, stop, follower.observe)))
-        meter.line(f"Generate with: yuriiformer generate {run.path} --prompt '...'")
+        track = chosen(options.track)
+        if options.resume:
+            given = [n for n in ("arm", "rule", "splitting", "corpus", "start", "config", "set") if getattr(options, n)]
+            if given:
+                raise UserError(f"a resumed run keeps its own {given[0]}; leave it out, or start a new run with --out.")
+            run = Run(options.resume)
+            base = run.config
+        else:
+            base = _base(options)
+        with (
+            joined(base.training.device) as world,
+            _go_on(f"Go on with: yuriiformer train --resume {options.resume or options.out}"),
+        ):
+            if options.resume:
+                line = f"going on with {options.resume}"
+            else:
+                head, comma, rest = (options.arm or presets.DEMO_ARMS[-1]).partition(",")
+                rule, _, splitting = head.partition(":")
+                text = f"{options.rule or rule}:{options.splitting or splitting or 'auto'}{comma}{rest}"
+                arm = parse_arm(text, base)
+                made = world.lead(lambda: str(_corpus(options.corpus, options.out.parent, options.start, stop).path))
+                corpus = Corpus(Path(made))
+                config, line = definite(arm.config, corpus)
+                world.lead(lambda: Run.create(options.out, config, corpus) and None)
+                run = Run(options.out)
+            job = Job(run.path, run.config, run.config.model.rule)
+            with Meter("training", job.flops) as meter, Follower(job, meter, track) as follower:
+                meter.line(line)
+                follower.shown.finish(told(train(run, stop, follower.observe, world)))
+                meter.line(f"Generate with: yuriiformer generate {run.path} --prompt '...'")
 
 
 def _status(options: argparse.Namespace) -> None:

@@ -10,29 +10,32 @@ import json
 import re
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .config import Config, ModelConfig, TrainingConfig, as_dict, flat_keys, override, parse
 from .data.corpus import Corpus
+from .engines import Engine, Job, local
 from .errors import UserError, unknown
 from .files import lock, read_json, write_json
 from .model import training_flops_per_token
 from .presets import SCALED, SECOND_TABLE, ZERO_START
-from .engines import Engine, Job, local
 from .progress import Meter
 from .rule import find_rule
+from .signals import Stop
 from .surgery import operate
-from .training.loop import Stop, train
+from .training.distributed import World
+from .training.loop import train
 from .training.run import Run, definite
 
 CALIBRATION_STEPS, CALIBRATION_ROUNDS = 40, 3
 # What all arms of a comparison share: another batch or precision in one arm would not be a paired comparison.
 SHARED = {
     "steps", "batch", "micro_batch", "seed", "evaluate_every", "evaluate_sequences", "checkpoint_every", "keep",
-    "device", "precision", "compile", "context", "vocabulary",
+    "keep_best", "parallel", "device", "precision", "compile", "context", "vocabulary",
 }  # fmt: skip
 CALIBRATION = "calibration"  # a folder for short runs that are thrown away
 
@@ -123,10 +126,19 @@ def controls(names: Sequence[str]) -> list[str]:
 
 
 def compare(
-    arms: Sequence[Arm], seeds: Sequence[int], budget: Budget, corpus: Corpus, out: Path, command: str, stop: Stop,
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    budget: Budget,
+    corpus: Corpus,
+    out: Path,
+    command: str,
+    stop: Stop,
+    world: World,
     engine: Engine = local,
-) -> None:  # fmt: skip
+) -> None:
     """Train every arm with every seed into `out`, or what is missing of it. The first arm is the baseline.
+
+    The processes of a world train one run after the other together; another engine has processes of its own.
 
     Raises UserError when `out` holds another comparison, Interrupted (everything saved) when asked to stop.
     """
@@ -139,14 +151,29 @@ def compare(
                 raise UserError(f"arms {same[0]!r} and {arm.name!r} are the same; name each once.")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; choose another --out.")
+    if world.size > 1 and budget.kind == "seconds":
+        raise UserError("--seconds measures one process; give several of them --tokens or --flops.")
+    with ExitStack() as held:
+        world.lead(lambda: held.enter_context(_held(out)))
+        steps = world.lead(lambda: _plan(arms, seeds, budget, corpus, out, command, stop))
+        _run(arms, seeds, steps, out, stop, world, engine)
+
+
+@contextmanager
+def _held(out: Path) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     with lock(out, "comparison"):
-        steps = _plan(arms, seeds, budget, corpus, out, command, stop)
-        _run(arms, seeds, steps, out, stop, engine)
+        yield
 
 
 def _run(
-    arms: Sequence[Arm], seeds: Sequence[int], steps: dict[str, int], out: Path, stop: Stop, engine: Engine
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    steps: dict[str, int],
+    out: Path,
+    stop: Stop,
+    world: World,
+    engine: Engine,
 ) -> None:
     """Train what is missing, seed by seed, so that an early look has every arm."""
     runs = [(seed, arm) for seed in seeds for arm in arms]
@@ -158,10 +185,11 @@ def _run(
         )
         for number, (seed, arm) in enumerate(runs, 1)
     ]
+    finished = world.lead(lambda: [job.finished for job in jobs])
     with Meter("comparing", sum(job.flops for job in jobs)) as meter:
-        meter.skip(sum(job.flops for job in jobs if job.finished))
-        if missing := [job for job in jobs if not job.finished]:
-            engine(missing, meter, stop)
+        meter.skip(sum(job.flops for job, done in zip(jobs, finished, strict=True) if done))
+        if missing := [job for job, done in zip(jobs, finished, strict=True) if not done]:
+            engine(missing, meter, stop, world)
 
 
 def _plan(

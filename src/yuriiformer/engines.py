@@ -23,12 +23,14 @@ import torch
 from .config import Config, as_dict
 from .data.corpus import Corpus
 from .errors import EnvironmentFault, Interrupted, UserError, unknown
-from .files import locked_by, read_json, write_json
+from .files import locked_by, write_json
 from .model import training_flops_per_token
 from .progress import Meter, RunProgress
+from .signals import SIGNALS, Stop
 from .tracking import Tracking
 from .training.checkpoint import newest_first
-from .training.loop import Diverged, Observer, Stop, train
+from .training.distributed import World
+from .training.loop import Diverged, Observer, train
 from .training.run import Run
 
 DIVERGED = "diverged.json"
@@ -55,18 +57,22 @@ class Job:
         training, model = self.config.training, self.config.model
         return training.steps * training.batch * model.context * training_flops_per_token(model)
 
-    def train(self, stop: Stop, observe: Observer) -> str:
+    def train(self, stop: Stop, observe: Observer, world: World) -> str:
         """To its end, which is told; a divergence is a result, too. Raises what `training.loop.train` does."""
-        new = not self.path.exists()
-        run = Run.create(self.path, self.config, Corpus(Path(self.config.corpus))) if new else Run(self.path)
+        world.lead(self._create)
         try:
-            return told(train(run, stop, observe))
+            return told(train(Run(self.path), stop, observe, world))
         except Diverged as error:
-            write_json(self.path / DIVERGED, {"message": str(error)})
+            if world.leads:
+                write_json(self.path / DIVERGED, {"message": str(error)})
             return str(error)
 
+    def _create(self) -> None:
+        if not self.path.exists():
+            Run.create(self.path, self.config, Corpus(Path(self.config.corpus)))
 
-Engine = Callable[[Sequence[Job], Meter, Stop], None]
+
+Engine = Callable[[Sequence[Job], Meter, Stop, World], None]
 
 
 def find_engine(name: str, workers: int | None = None, track: Sequence[str] = ()) -> Engine:
@@ -133,15 +139,15 @@ class Follower:
                 self.observe(record)
 
 
-def local(jobs: Sequence[Job], meter: Meter, stop: Stop, track: Sequence[str] = ()) -> None:
-    """One after another, in this process."""
+def local(jobs: Sequence[Job], meter: Meter, stop: Stop, world: World, track: Sequence[str] = ()) -> None:
+    """One after another, in this process, or together with the others of its world."""
     for job in jobs:
         with Follower(job, meter, track) as follower:
-            follower.shown.finish(job.train(stop, follower.observe))
+            follower.shown.finish(job.train(stop, follower.observe, world))
 
 
 def on_ray(
-    jobs: Sequence[Job], meter: Meter, stop: Stop, workers: int | None = None, track: Sequence[str] = ()
+    jobs: Sequence[Job], meter: Meter, stop: Stop, world: World, workers: int | None = None, track: Sequence[str] = ()
 ) -> None:
     """Many at once: each run is a task of a Ray cluster, the one of RAY_ADDRESS or one on this machine alone.
 
@@ -153,6 +159,8 @@ def on_ray(
     import ray
     from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 
+    if world.size > 1:
+        raise UserError("--engine ray starts processes of its own; start it without torchrun.")
     with _cluster(workers):
         workers, resources = _shares(jobs[0].config.training.device, workers)
         meter.line(f"Ray: {workers} runs at once, each with {', '.join(f'{k}={v}' for k, v in resources.items())}")
@@ -222,7 +230,7 @@ def _work(job: Job, threads: int) -> tuple[int, str, list[str]]:
 
     with Stop().on_signals() as stop:
         try:
-            return 0, job.train(stop, observe), warnings
+            return 0, job.train(stop, observe, World()), warnings
         except UserError as error:
             return error.exit_code, str(error), warnings
 
@@ -250,7 +258,7 @@ def _cluster(workers: int | None) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
-    address, handlers = os.environ.get("RAY_ADDRESS"), {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    address, handlers = os.environ.get("RAY_ADDRESS"), {s: signal.getsignal(s) for s in SIGNALS}
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         own = {
             "num_cpus": max(workers or 1, os.cpu_count() or 1), "include_dashboard": False, "_temp_dir": folder,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from types import TracebackType
 from typing import Any
@@ -11,7 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 LINE_EVERY = 10.0  # seconds
 
-console = Console(stderr=True, highlight=False)
+# Of several processes that train one run together, the first speaks.
+console = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
 if not console.is_terminal:
     console.width = max(console.width, 170)  # a table in a log file is not cut to 80 columns
 
@@ -117,8 +119,5 @@ def duration(seconds: float) -> str:
 
 def size(count: float) -> str:
     """Bytes in the form 0.5 kB, 1.2 MB, 80.0 GB."""
-    for unit in ("kB", "MB", "GB"):
-        count /= 1000
-        if count < 1000:
-            break
-    return f"{count:.1f} {unit}"
+    power = 1 + sum(count >= limit for limit in (1e6, 1e9))
+    return f"{count / 1000**power:.1f} {('kB', 'MB', 'GB')[power - 1]}"

@@ -14,7 +14,8 @@ from yuriiformer.cli import main
 from yuriiformer.config import override
 from yuriiformer.errors import UserError
 from yuriiformer.report.status import status
-from yuriiformer.training.loop import Stop, train
+from yuriiformer.signals import Stop
+from yuriiformer.training.loop import train
 from yuriiformer.training.run import Run, definite
 
 
@@ -76,7 +77,7 @@ def test_complete_and_damaged(tmp_path, config, corpus, capsys):
     assert main(["status", str(run.path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["state"], found["step"], found["validation"]) == ("complete", 12, summary["final_validation"])
-    assert [c["step"] for c in found["checkpoints"]][0] == 12
+    assert found["checkpoints"][0]["step"] == 12
     assert found["checkpoints"][0]["bytes"] == sum(f.stat().st_size for f in (run.checkpoints / "step_12").iterdir())
 
     (run.path / "summary.json").unlink()
@@ -99,7 +100,7 @@ def test_complete_and_damaged(tmp_path, config, corpus, capsys):
     (run.path / "metrics.jsonl").write_text("{no json\n" + (run.path / "metrics.jsonl").read_text())
     (run.path / "metrics.jsonl").open("a").write("{also none\n")
     assert "metrics.jsonl is damaged" in status(run.path)["damage"][0]
-    with pytest.raises(UserError, match="is no run .* and no comparison"):
+    with pytest.raises(UserError, match=r"is no run .* and no comparison"):
         status(tmp_path)
 
 

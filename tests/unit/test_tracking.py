@@ -9,10 +9,11 @@ import pytest
 
 from yuriiformer.cli import main
 from yuriiformer.engines import Follower, Job
-from yuriiformer.errors import EnvironmentFault, Interrupted, UserError
+from yuriiformer.errors import EnvironmentFault, UserError
 from yuriiformer.progress import Meter
+from yuriiformer.signals import Stop
 from yuriiformer.tracking import TOOLS, chosen
-from yuriiformer.training.loop import Stop, train
+from yuriiformer.training.loop import train
 from yuriiformer.training.run import Run, definite
 
 KEYS = {"loss", "validation", "gradient_norm", "lr", "tokens", "seconds"}
@@ -92,8 +93,8 @@ def test_trackio_holds_the_log(run, tmp_path, monkeypatch):
 
 def test_wandb_holds_the_log(run, monkeypatch):
     wandb = pytest.importorskip("wandb", reason="wandb is not installed (extra: track)")
-    from wandb.sdk.internal.datastore import DataStore
     from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     records = in_two_sessions(run, "wandb")

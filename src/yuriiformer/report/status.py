@@ -86,7 +86,11 @@ def _state(path: Path, found: dict[str, Any], silent: bool, lost: bool) -> tuple
     if "imported_from" in read_json(path / "env.json"):
         return "imported", "", shlex.join(["yuriiformer", "compare", "--from", str(path)])
     if found["held_by"]:
-        return "silent" if silent else "running", f"{at}, by {found['held_by']}", "look at that process" if silent else ""
+        return (
+            "silent" if silent else "running",
+            f"{at}, by {found['held_by']}",
+            "look at that process" if silent else "",
+        )
     if lost:
         return "lost", "nobody trains it, and no checkpoint is whole", "start it again in another directory"
     again = found["step"] - found["goes_on_from"]
@@ -226,7 +230,11 @@ def _show_comparison(found: dict[str, Any], console: Console) -> None:
     lines = [f"{found['state']}{by}: {found['done']} of {len(found['runs'])} runs done{left}"]
     for run in found["runs"]:
         lines += [f"{run['arm']}, seed {run['seed']}: {text}" for text in run.get("damage", [])]
-        lines += [f"{run['arm']}, seed {run['seed']}: {run['means']}"] if run["state"] in ("silent", "lost", "diverged") else []
+        lines += (
+            [f"{run['arm']}, seed {run['seed']}: {run['means']}"]
+            if run["state"] in ("silent", "lost", "diverged")
+            else []
+        )
     for line in [*lines, *([f"next: {found['next']}"] if found["next"] else [])]:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
