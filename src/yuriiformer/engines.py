@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -253,25 +254,37 @@ def _shares(device: str, workers: int | None) -> tuple[int, dict[str, int]]:
 
 @contextmanager
 def _cluster(workers: int | None) -> Iterator[None]:
-    """Ray without its noise: no statistics sent, no dashboard, no logs on the terminal, nothing left behind."""
+    """Ray without its noise: no statistics sent, no dashboard, nothing on the terminal, nothing left behind."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
     address, handlers = os.environ.get("RAY_ADDRESS"), {s: signal.getsignal(s) for s in SIGNALS}
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        own = {
-            "num_cpus": max(workers or 1, os.cpu_count() or 1), "include_dashboard": False, "_temp_dir": folder,
-            "object_store_memory": 100 << 20,
-        }  # fmt: skip
+    with ExitStack() as held:
+        held.enter_context(redirect_stdout(held.enter_context(open(os.devnull, "w"))))  # its messages; ours say more
+        own: dict[str, Any] = {}
+        if address:
+            _require_answer(address)
+        else:
+            folder = held.enter_context(tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True))
+            cores = max(workers or 1, os.cpu_count() or 1)
+            own = {"num_cpus": cores, "include_dashboard": False, "_temp_dir": folder, "object_store_memory": 100 << 20}
         try:
-            ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **({} if address else own))
+            ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **own)
+            held.callback(ray.shutdown)
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = f"at RAY_ADDRESS={address}" if address else "on this machine"
             raise EnvironmentFault(f"no Ray cluster {where}: {str(error).strip().splitlines()[0]}") from None
+        for number, handler in handlers.items():
+            signal.signal(number, handler)  # Ray has set its own
+        yield
+
+
+def _require_answer(address: str) -> None:
+    """Ray itself would try for many minutes. Raises EnvironmentFault."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if port.isdigit():
         try:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)  # Ray sets its own
-            yield
-        finally:
-            ray.shutdown()
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise EnvironmentFault(f"no Ray cluster at RAY_ADDRESS={address}: {error.strerror or error}") from None

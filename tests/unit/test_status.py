@@ -25,7 +25,7 @@ def trained(path):
     command = [sys.executable, "-m", "yuriiformer", "train", "--resume", str(path)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
-        while not list(path.glob("checkpoints/step_*")):
+        while not Run(path).step:
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.01)
         yield process
