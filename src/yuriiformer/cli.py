@@ -418,7 +418,7 @@ def _train(options: argparse.Namespace) -> None:
         from .compare import parse_arm
         from .data.corpus import Corpus
         from .engines import Follower, Job, told
-        from .progress import Meter
+        from .progress import Meter, console
         from .tracking import chosen
         from .training.distributed import joined
         from .training.loop import train
@@ -447,13 +447,26 @@ def _train(options: argparse.Namespace) -> None:
                 made = world.lead(lambda: str(_corpus(options.corpus, options.out.parent, options.start, stop).path))
                 corpus = Corpus(Path(made))
                 config, line = definite(arm.config, corpus)
-                world.lead(lambda: Run.create(options.out, config, corpus) and None)
+                done = world.lead(lambda: _begun(options.out, config, corpus))
                 run = Run(options.out)
+                if done:
+                    console.print(f"{run.path} is complete.", soft_wrap=True)
+                    return
             job = Job(run.path, run.config, run.config.model.rule)
             with Meter("training", job.flops) as meter, Follower(job, meter, track) as follower:
                 meter.line(line)
                 follower.shown.finish(told(train(run, stop, follower.observe, world)))
                 meter.line(f"Generate with: yuriiformer generate {run.path} --prompt '...'")
+
+
+def _begun(out: Path, config: Config, corpus: Corpus) -> bool:
+    """Make the run, or go on with the same one, as a launcher that starts its command again wants it; whether it is
+    complete. Raises UserError when something else is there."""
+    from .training.run import Run
+
+    same = (out / "config.json").is_file() and Run(out).config == config
+    run = Run(out) if same else Run.create(out, config, corpus)
+    return run.complete
 
 
 def _status(options: argparse.Namespace) -> None:

@@ -165,6 +165,7 @@ def on_ray(
     with _cluster(workers):
         workers, resources = _shares(jobs[0].config.training.device, workers)
         meter.line(f"Ray: {workers} runs at once, each with {', '.join(f'{k}={v}' for k, v in resources.items())}")
+        threads = int(os.environ.get("OMP_NUM_THREADS") or resources.get("num_cpus", 0))
         work = ray.remote(_work).options(max_retries=0, **resources)
         waiting = [Follower(job, meter, track) for job in jobs]
         running: dict[Any, Follower] = {}
@@ -178,7 +179,7 @@ def on_ray(
                     ray.cancel(task)  # an interrupt, as by Ctrl-C: the worker saves
             while waiting and len(running) < workers and not stopped:
                 follower = waiting.pop(0)
-                running[work.remote(follower.job, int(resources.get("num_cpus", 0)))] = follower
+                running[work.remote(follower.job, threads)] = follower
             done, _ = ray.wait(list(running), timeout=POLL)
             for follower in running.values():
                 follower.read()
