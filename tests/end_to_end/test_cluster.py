@@ -1,6 +1,7 @@
 """The files of cluster/ are run: two processes of gloo on this machine, stopped as the scheduler does, and gone on with."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ from yuriiformer.training.run import Run
 
 yaml = pytest.importorskip("yaml", reason="PyYAML is not installed (extra: dev)")
 CLUSTER = Path(__file__).resolve().parents[2] / "cluster"
-TRAIN = "train nesterov --set training.steps=300 model.layers=2 model.width=16 model.heads=2 model.context=16 training.batch=4 training.evaluate_every=100 training.checkpoint_every=50 training.compile=no training.precision=fp32"
+TRAIN = "train nesterov --set training.steps=150 model.layers=2 model.width=16 model.heads=2 model.context=16 training.batch=4 training.evaluate_every=100 training.checkpoint_every=40 training.compile=no training.precision=fp32"
 
 # What Slurm's commands do for a job of one machine: srun starts the tasks, hands them its signals and ends with their
 # highest exit code.
@@ -82,6 +83,28 @@ def check(process, code, tmp_path):
     assert process.wait(timeout=200) == code, "".join(p.read_text() for p in sorted(tmp_path.glob("log*")))
 
 
+def scripts():
+    _, job = yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text())
+    task = yaml.safe_load((CLUSTER / "skypilot.yaml").read_text())
+    return {
+        "slurm": (CLUSTER / "slurm.sbatch").read_text(),
+        "kubernetes": job["spec"]["template"]["spec"]["containers"][0]["command"][2],
+        "skypilot": task["run"],
+    }
+
+
+@pytest.mark.parametrize("name", ["slurm", "kubernetes", "skypilot"])
+def test_the_scripts_are_sound(name):
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if not shellcheck:
+        pytest.skip("shellcheck is not installed (extra: dev)")
+    words = ["--exclude=SC2086"] if name == "skypilot" else []  # ARGUMENTS is several words
+    done = subprocess.run(
+        [shellcheck, "--shell=bash", *words, "-"], input=scripts()[name], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+
+
 def test_slurm(start, tmp_path, corpus):
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "localhost", "SLURM_NTASKS": "2"}
     command = ["bash", CLUSTER / "slurm.sbatch", *TRAIN.split(), "--corpus", corpus.path, "--out", "run"]
@@ -91,7 +114,7 @@ def test_slurm(start, tmp_path, corpus):
     check(process, 0, tmp_path)
     assert (tmp_path / "scontrol.log").read_text() == f"requeue {os.getpid()}\n"
     run = Run(tmp_path / "run")
-    assert 0 < run.step < 300
+    assert 0 < run.step < 150
     assert run.step >= run.records()[-1]["step"], "all is saved"
     check(start(*command, **job), 0, tmp_path)
     assert run.complete
@@ -117,7 +140,7 @@ def test_kubernetes_then_skypilot(start, tmp_path, corpus):
     process.send_signal(signal.SIGTERM)
     check(process, 75, tmp_path)
     run = Run(run)
-    assert 0 < run.step < 300
+    assert 0 < run.step < 150
     assert run.step >= run.records()[-1]["step"], "all is saved"
 
     task = yaml.safe_load((CLUSTER / "skypilot.yaml").read_text())

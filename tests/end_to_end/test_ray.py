@@ -16,13 +16,13 @@ from yuriiformer.files import locked_by
 from yuriiformer.training.run import MEASURED, Run
 
 pytest.importorskip("ray", reason="ray is not installed (extra: ray)")
-SMALL = "model.layers=2 model.width=16 model.heads=2 model.context=16 training.batch=4 training.evaluate_every=100 training.checkpoint_every=20 training.compile=no training.precision=fp32"
-STEPS = 600
+SMALL = "model.layers=2 model.width=16 model.heads=2 model.context=16 training.batch=4 training.evaluate_every=50 training.checkpoint_every=20 training.compile=no training.precision=fp32"
+STEPS = 300
 
 
 @pytest.fixture
 def start(corpus, tmp_path, monkeypatch):
-    """A comparison of two arms with two seeds, one thread a run: more threads sum in another order."""
+    """A comparison of three runs, one thread each: more threads sum in another order."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory(prefix="y") as short:  # the names of sockets in it may have 107 characters
         monkeypatch.setenv("TMPDIR", short)
@@ -33,7 +33,17 @@ def start(corpus, tmp_path, monkeypatch):
 
 def _starting(corpus, tmp_path):
     def start(out, *more):
-        arguments = ["gradient_descent", "nesterov", "--seeds", 2, "--tokens", STEPS * 64, "--corpus", corpus.path]
+        arguments = [
+            "gradient_descent",
+            "nesterov",
+            "heavy_ball",
+            "--seeds",
+            1,
+            "--tokens",
+            STEPS * 64,
+            "--corpus",
+            corpus.path,
+        ]
         command = [*arguments, "--out", tmp_path / out, "--set", *SMALL.split(), *more]
         line = [sys.executable, "-m", "yuriiformer", "compare", *map(str, command)]
         started.append(subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
@@ -78,7 +88,7 @@ def test_a_killed_worker_and_a_stopped_driver_change_nothing(start, tmp_path):
     def in_the_middle():
         """Two runs in training, the first one past a checkpoint; the process that trains it."""
         runs = [Run(path) for path in sorted((out / "runs").glob("*-seed0")) if (path / "env.json").is_file()]
-        if len(runs) == 2 and all(20 <= run.step < STEPS - 200 for run in runs) and locked_by(runs[0].path):
+        if len(runs) == 2 and all(20 <= run.step < STEPS - 100 for run in runs) and locked_by(runs[0].path):
             return runs[0], int(locked_by(runs[0].path).split()[1])
         return None
 
