@@ -180,7 +180,7 @@ def on_ray(
             while waiting and len(running) < workers and not stopped:
                 follower = waiting.pop(0)
                 running[work.remote(follower.job, threads)] = follower
-            done, _ = ray.wait(list(running), timeout=POLL)
+            done = ray.wait(list(running), timeout=POLL)[0] if running else []
             for follower in running.values():
                 follower.read()
             for task in done:

@@ -119,6 +119,9 @@ def test_a_comparison_is_a_table(tmp_path, config, corpus, capsys):
     shown = capsys.readouterr().out
     assert "stopped: 1 of 3 runs done" in shown
     assert "next: yuriiformer compare a b c" in shown
+    (runs[1].path / "config.json").write_text("{}")
+    assert main(["status", str(tmp_path)]) == 0
+    assert "b, seed 0: config key" in capsys.readouterr().out
 
 
 def test_it_needs_no_torch(tmp_path, config, corpus):

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..config import Config, from_dict
 from ..errors import UserError
 from ..files import locked_by, read_json, sha256
 from ..progress import duration, size
@@ -35,8 +36,8 @@ def status(directory: Path, verify: bool = False) -> dict[str, Any]:
 
 
 def _run(path: Path, verify: bool) -> dict[str, Any]:
-    config = read_json(path / "config.json")
-    steps, holder = config["training"]["steps"], locked_by(path)
+    config = from_dict(Config, read_json(path / "config.json"))
+    steps, holder = config.training.steps, locked_by(path)
     records, damage = _log(path)
     last = records[-1] if records else {}
     measured = [r for r in records if "validation" in r]
@@ -44,14 +45,14 @@ def _run(path: Path, verify: bool) -> dict[str, Any]:
     checkpoints = _checkpoints(path / "checkpoints", verify)
     whole = [c["step"] for c in checkpoints if not c["damage"]]
     speed = _speed(records[-RECENT:])
-    tokens_per_step = config["training"]["batch"] * config["model"]["context"]
+    tokens_per_step = config.training.batch * config.model.context
     left = (steps - last.get("step", 0)) * tokens_per_step / speed if speed else None
     log = path / "metrics.jsonl"
     found = {
         "run": str(path),
-        "rule": config["model"]["rule"],
-        "splitting": config["model"]["splitting"],
-        "seed": config["training"]["seed"],
+        "rule": config.model.rule,
+        "splitting": config.model.splitting,
+        "seed": config.training.seed,
         "held_by": holder,
         "step": last.get("step", 0),
         "steps": steps,
@@ -148,9 +149,12 @@ def _comparison(out: Path, verify: bool) -> dict[str, Any]:
     for seed in plan["seeds"]:
         for arm in plan["arms"]:
             path = out / "runs" / f"{plan['slugs'][arm]}-seed{seed}"
-            begun = (path / "config.json").is_file()
-            waiting = {"run": str(path), "state": "waiting", "step": 0, "steps": plan["steps"][arm]}
-            runs.append({"arm": arm, "seed": seed} | (_run(path, verify) if begun else waiting))
+            found = {"run": str(path), "state": "waiting", "step": 0, "steps": plan["steps"][arm]}
+            try:
+                found = _run(path, verify) if (path / "config.json").is_file() else found
+            except UserError as error:
+                found |= {"state": "damaged", "means": str(error)}
+            runs.append({"arm": arm, "seed": seed} | found)
     done = sum(run["state"] in ("complete", "diverged") for run in runs)
     state = "complete" if done == len(runs) else "running" if holder else "stopped"
     return {
@@ -232,7 +236,7 @@ def _show_comparison(found: dict[str, Any], console: Console) -> None:
         lines += [f"{run['arm']}, seed {run['seed']}: {text}" for text in run.get("damage", [])]
         lines += (
             [f"{run['arm']}, seed {run['seed']}: {run['means']}"]
-            if run["state"] in ("silent", "lost", "diverged")
+            if run["state"] in ("silent", "lost", "diverged", "damaged")
             else []
         )
     for line in [*lines, *([f"next: {found['next']}"] if found["next"] else [])]:
