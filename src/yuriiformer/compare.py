@@ -13,12 +13,12 @@ import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .config import Config, ModelConfig, TrainingConfig, as_dict, flat_keys, override, parse
 from .data.corpus import Corpus
+from .engines import Engine, Job, local
 from .errors import UserError, unknown
 from .files import lock, read_json, write_json
 from .model import training_flops_per_token
@@ -28,7 +28,7 @@ from .rule import find_rule
 from .signals import Stop
 from .surgery import operate
 from .training.distributed import World
-from .training.loop import Diverged, train
+from .training.loop import train
 from .training.run import Run, definite
 
 CALIBRATION_STEPS, CALIBRATION_ROUNDS = 40, 3
@@ -37,7 +37,6 @@ SHARED = {
     "steps", "batch", "micro_batch", "seed", "evaluate_every", "evaluate_sequences", "checkpoint_every", "keep",
     "keep_best", "parallel", "device", "precision", "compile", "context", "vocabulary",
 }  # fmt: skip
-DIVERGED = "diverged.json"
 CALIBRATION = "calibration"  # a folder for short runs that are thrown away
 
 
@@ -51,6 +50,10 @@ class Arm:
     @property
     def slug(self) -> str:
         return re.sub(r"[^\w.=-]+", "_", self.name).strip("_")
+
+    def path(self, out: Path, seed: int) -> Path:
+        """The run directory of a seed in the comparison's folder."""
+        return out / "runs" / f"{self.slug}-seed{seed}"
 
 
 @dataclass(frozen=True)
@@ -135,10 +138,11 @@ def compare(
     command: str,
     stop: Stop,
     world: World,
+    engine: Engine = local,
 ) -> None:
     """Train every arm with every seed into `out`, or what is missing of it. The first arm is the baseline.
 
-    The processes of a world train one run after the other together.
+    The processes of a world train one run after the other together; another engine has processes of its own.
 
     Raises UserError when `out` holds another comparison, Interrupted (everything saved) when asked to stop.
     """
@@ -156,7 +160,7 @@ def compare(
     with ExitStack() as held:
         world.lead(lambda: held.enter_context(_held(out)))
         steps = world.lead(lambda: _plan(arms, seeds, budget, corpus, out, command, stop))
-        _run(arms, seeds, steps, corpus, out, stop, world)
+        _run(arms, seeds, steps, out, stop, world, engine)
 
 
 @contextmanager
@@ -170,58 +174,26 @@ def _run(
     arms: Sequence[Arm],
     seeds: Sequence[int],
     steps: dict[str, int],
-    corpus: Corpus,
     out: Path,
     stop: Stop,
     world: World,
+    engine: Engine,
 ) -> None:
     """Train what is missing, seed by seed, so that an early look has every arm."""
     runs = [(seed, arm) for seed in seeds for arm in arms]
-    cost = {arm.name: steps[arm.name] * training_flops_per_token(arm.config.model) for arm in arms}
-    with Meter("comparing", float(sum(cost[arm.name] for _, arm in runs))) as meter:
-        for number, (seed, arm) in enumerate(runs, 1):
-            label = f"[{number}/{len(runs)}] {arm.name}, seed {seed}"
-            path = out / "runs" / f"{arm.slug}-seed{seed}"
-            config = override(arm.config, {"training.seed": seed, "training.steps": steps[arm.name]})
-            if world.lead(partial(_begun, path, config, corpus)):
-                meter.skip(cost[arm.name])
-                continue
-            try:
-                train_with_meter(Run(path), meter, label, cost[arm.name] / config.training.steps, stop, world)
-            except Diverged as error:  # a result, too: the other arms go on
-                if world.leads:
-                    write_json(path / DIVERGED, {"message": str(error)})
-                meter.line(str(error))
-
-
-def _begun(path: Path, config: Config, corpus: Corpus) -> bool:
-    """Make the run directory where there is none; whether the run has ended."""
-    run = Run(path) if path.exists() else Run.create(path, config, corpus)
-    return run.complete or (path / DIVERGED).is_file()
-
-
-def train_with_meter(run: Run, meter: Meter, label: str, work_per_step: float, stop: Stop, world: World) -> None:
-    """Train a run and show how it goes; a step counts `work_per_step` on the meter."""
-    at, validation = run.step, ""
-    meter.skip(at * work_per_step)
-
-    def observe(record: dict[str, Any]) -> None:
-        nonlocal at, validation
-        if "warning" in record:
-            meter.line(f"warning: {record['warning']}")
-            return
-        if "validation" in record:
-            validation = f", validation {record['validation']:.3f}"
-        speed = record["tokens"] / record["seconds"]
-        text = f"step {record['step']}/{run.config.training.steps}, loss {record['loss']:.3f}{validation}, {speed:,.0f} tokens/s"
-        meter.advance((record["step"] - at) * work_per_step, f"{label}: {text}")
-        at = record["step"]
-
-    summary = train(run, stop, observe, world)
-    meter.line(
-        f"{label}: validation {summary['final_validation']:.4f} after {summary['steps']} steps, "
-        f"{summary['seconds']:.0f} s, {summary['tokens_per_second']:,.0f} tokens/s"
-    )
+    jobs = [
+        Job(
+            arm.path(out, seed),
+            override(arm.config, {"training.seed": seed, "training.steps": steps[arm.name]}),
+            f"[{number}/{len(runs)}] {arm.name}, seed {seed}",
+        )
+        for number, (seed, arm) in enumerate(runs, 1)
+    ]
+    finished = world.lead(lambda: [job.finished for job in jobs])
+    with Meter("comparing", sum(job.flops for job in jobs)) as meter:
+        meter.skip(sum(job.flops for job, done in zip(jobs, finished, strict=True) if done))
+        if missing := [job for job, done in zip(jobs, finished, strict=True) if not done]:
+            engine(missing, meter, stop, world)
 
 
 def _plan(
@@ -229,11 +201,11 @@ def _plan(
 ) -> dict[str, int]:
     """The steps of each arm; written down before the first run, and checked when the comparison goes on."""
     wanted = {
-        "arms": {arm.name: as_dict(arm.config) for arm in arms},
-        "seeds": list(seeds),
-        "budget": dataclasses.asdict(budget),
         "corpus": corpus.identity,
         "start": Run(Path(arms[0].config.start)).weights if arms[0].config.start else None,
+        "seeds": list(seeds),
+        "budget": dataclasses.asdict(budget),
+        "arms": {arm.name: as_dict(arm.config) for arm in arms},
         "rules": {arm.name: find_rule(arm.config.model.rule).sha256 for arm in arms},
     }
     file = out / "plan.json"
@@ -260,7 +232,7 @@ def _steps(arms: Sequence[Arm], budget: Budget, corpus: Corpus, out: Path, stop:
         case "flops":
             tokens = {arm.name: budget.amount / training_flops_per_token(arm.config.model) for arm in arms}
         case _:
-            tokens = {name: budget.amount * speed for name, speed in _speeds(arms, corpus, out, stop).items()}
+            tokens = {name: budget.amount * speed for name, speed in speeds(arms, corpus, out, stop).items()}
     steps = {a.name: round(tokens[a.name] / (a.config.training.batch * a.config.model.context)) for a in arms}
     for name, count in steps.items():
         if count < 1:
@@ -268,17 +240,21 @@ def _steps(arms: Sequence[Arm], budget: Budget, corpus: Corpus, out: Path, stop:
     return steps
 
 
-def _speeds(arms: Sequence[Arm], corpus: Corpus, out: Path, stop: Stop) -> dict[str, float]:
+def speeds(
+    arms: Sequence[Arm], corpus: Corpus, out: Path, stop: Stop,
+    steps: int = CALIBRATION_STEPS, rounds: int = CALIBRATION_ROUNDS,
+) -> dict[str, float]:  # fmt: skip
     """Tokens per second of each arm: the median of short runs that take turns."""
     path = out / CALIBRATION
-    changes = {"steps": CALIBRATION_STEPS, "evaluate_every": CALIBRATION_STEPS, "evaluate_sequences": 1}
+    changes = {"steps": steps, "evaluate_every": steps, "evaluate_sequences": 1}
     measured: dict[str, list[float]] = {arm.name: [] for arm in arms}
     try:
-        for _ in range(CALIBRATION_ROUNDS):
-            for arm in arms:
+        with Meter("calibrating", rounds * len(arms)) as meter:
+            for arm in [*arms] * rounds:
                 shutil.rmtree(path, ignore_errors=True)
                 short = override(arm.config, {f"training.{key}": value for key, value in changes.items()})
                 measured[arm.name].append(train(Run.create(path, short, corpus), stop)["tokens_per_second"])
+                meter.advance(1, arm.name)
     finally:
         shutil.rmtree(path, ignore_errors=True)
     return {name: statistics.median(speeds) for name, speeds in measured.items()}
