@@ -31,7 +31,7 @@ CALIBRATION_STEPS, CALIBRATION_ROUNDS = 40, 3
 # What all arms of a comparison share: another batch or precision in one arm would not be a paired comparison.
 SHARED = {
     "steps", "batch", "micro_batch", "seed", "evaluate_every", "evaluate_sequences", "checkpoint_every", "keep",
-    "device", "precision", "compile", "context", "vocabulary",
+    "device", "precision", "compile", "attention", "loss_chunk", "context", "vocabulary",
 }  # fmt: skip
 DIVERGED = "diverged.json"
 CALIBRATION = "calibration"  # a folder for short runs that are thrown away

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .. import presets
 from ..config import override
 from ..errors import UserError
+from ..machine import memory_free
 from ..model import LanguageModel, Layer
 from ..rule import Rule, all_rules, find_rule
 
@@ -114,12 +115,3 @@ def random_subject(gain: float, oracles: str = "plain") -> Subject:
         for matrix in (p for p in model.parameters() if p.ndim == 2):
             matrix.mul_(gain)
     return look_at(f"random weights, {gain:g} × the initial scale", model, torch.arange(config.context))
-
-
-def memory_free() -> float:
-    """Bytes, or infinity where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return math.inf

@@ -1,0 +1,115 @@
+"""How much memory a training step takes, and so how many sequences go through the model at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Config, ModelConfig, TrainingConfig, as_dict, from_dict, override
+from ..errors import EnvironmentFault
+from ..machine import memory_free
+from ..model import Layer, LanguageModel
+from ..presets import BASELINE
+from ..rule import find_rule
+from ..splitting import find_splitting
+
+SPARE = 0.9  # the share of the free memory that is used: allocators leave gaps, and libraries take workspace
+
+
+def estimate(config: Config, micro_batch: int, ranks: int = 1) -> dict[str, int]:
+    """Bytes of a training step at its peak by part, for a definite config; on each of `ranks` devices.
+
+    What a layer keeps for its backward pass is not computed by a formula: one layer is run on one sequence, compiled as
+    training compiles it, and asked. So it is right for every rule, splitting and oracle.
+    """
+    model, training = config.model, config.training
+    with torch.device("meta"):
+        built = LanguageModel(model, seed=None)
+    matrices = [m.weight for m in built.modules() if isinstance(m, nn.Linear)]
+    in_matrices, parameters = _numel(matrices), _numel(list(built.parameters()))
+    half, compiled = training.precision == "bf16", training.compile == "yes"
+    tokens = micro_batch * model.context
+    baseline = replace(model, rule=BASELINE, splitting="auto", options={}, values={})
+    kept, plain = (_kept(json.dumps(as_dict(replace(config, model=m)))) for m in (model, baseline))
+    moments = 8 * parameters - (4 * in_matrices if training.optimizer == "muon" else 0)
+    shards = ranks if training.parallel == "fsdp" else 1
+    # Logits that stand at the same time: in bf16 compiled they and their gradient; eager: three of fp32.
+    logits = model.vocabulary * (min(tokens, training.loss_chunk or tokens)) * (12 if not compiled else 4 if half else 8)
+    parts = {
+        "weights": 4 * parameters // shards,
+        "gradients": 4 * parameters // shards,
+        "optimiser": moments // shards,
+        "copies in bf16": 2 * (in_matrices + model.vocabulary * model.width) if half else 0,
+        "activations": model.layers * micro_batch * min(kept, plain),
+        "velocity": model.layers * micro_batch * max(0, kept - plain),
+        "logits": logits + (8 * model.vocabulary * model.width if training.loss_chunk else 0),
+    }
+    if training.optimizer == "muon":  # its updates and one batch of matrices, when the activations are gone
+        shapes = Counter(tuple(sorted(m.shape)) for m in matrices)
+        largest = max(a * b * n for (a, b), n in shapes.items())
+        busy = parts["copies in bf16"] + parts["activations"] + parts["velocity"] + parts["logits"]
+        parts["optimiser"] += max(0, 4 * in_matrices + 12 * largest - busy)
+    return parts
+
+
+def _numel(tensors: list[Tensor]) -> int:
+    return sum(t.numel() for t in tensors)
+
+
+@cache
+def _kept(config: str) -> int:
+    """Bytes that one layer keeps of one sequence from its forward to its backward pass, its weights not counted."""
+    whole = from_dict(Config, json.loads(config))
+    model, training = whole.model, whole.training
+    device = torch.device(training.device)
+    rule = find_rule(model.rule)
+    with device:
+        layer = Layer(rule, find_splitting(rule, model.splitting), model, 0)
+    half = training.precision == "bf16"
+    dtype = torch.bfloat16 if training.streams == "bf16" else torch.float32
+    sizes = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    # The partition into what is kept and what is computed again is the compiler's own, without its code generation.
+    run = torch.compile(layer, backend="aot_eager_decomp_partition", dynamic=False) if training.compile == "yes" else layer
+    streams = tuple(
+        torch.zeros(1, model.context, model.width, device=device, dtype=dtype, requires_grad=True) for _ in rule.streams
+    )
+    with (
+        torch.autocast(device.type, torch.bfloat16, enabled=half),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+    ):
+        out = run(streams)
+    own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    kept = sum(size for pointer, size in sizes.items() if pointer not in own)
+    del out
+    return kept - (2 * _numel([m.weight for m in layer.modules() if isinstance(m, nn.Linear)]) if half else 0)
+
+
+def fit(config: Config, ranks: int = 1) -> tuple[int, str]:
+    """The largest micro-batch of a device that fits into its free memory, and a line that says so.
+
+    Few passes are wanted, and even ones: of 480 sequences 120 a pass, where 130 would fit.
+    Raises EnvironmentFault with what would fit when not one sequence does.
+    """
+    rows = math.ceil(config.training.batch / ranks)
+    free = SPARE * device_memory_free(config.training.device)
+    one, two = (sum(estimate(config, n, ranks).values()) for n in (1, 2))
+    if one > free:
+        raise EnvironmentFault(_too_large(config, ranks, one, free))
+    fits = max(n for n in _halvings(rows) if sum(estimate(config, n, ranks).values()) <= free)
+    ...
+
+
+def _halvings(rows: int) -> Iterator[int]:
+    ...
