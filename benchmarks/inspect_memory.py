@@ -15,7 +15,7 @@ from pathlib import Path
 
 from yuriiformer.config import Config, ModelConfig, TrainingConfig
 from yuriiformer.data.prepare import prepare
-from yuriiformer.training.checkpoint import Progress, save
+from yuriiformer.training.checkpoint import save
 from yuriiformer.training.device import describe
 from yuriiformer.training.run import Run
 
@@ -30,7 +30,7 @@ with tempfile.TemporaryDirectory() as name:
     run = Run.create(Path(name, "run"), Config(corpus=str(corpus.path), model=model, training=training), corpus)
     built = run.build()
     parameters = sum(p.numel() for p in built.parameters())
-    save(run.checkpoints, Progress(), built, [], keep=1)
+    save(run.checkpoints, built)
     del built
     started = time.monotonic()
     subprocess.run([sys.executable, "-m", "yuriiformer", "inspect", str(run.path)], check=True)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from . import __version__, presets
 from .config import Config, flat_keys, load, override
 from .errors import EnvironmentFault, Interrupted, Refuted, UserError
+from .signals import Stop
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -42,7 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
         options.run(options)
         return 0
     except UserError as error:
-        print(f"yuriiformer: {error}", file=sys.stderr)
+        # Processes that train one run together fail together; what only one machine refuses, that one tells.
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, EnvironmentFault):
+            print(f"yuriiformer: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("yuriiformer: stopped.", file=sys.stderr)
@@ -254,7 +257,7 @@ def _base(options: argparse.Namespace) -> Config:
     return config
 
 
-def _corpus(source: str | None, beside: Path, start: Path | None) -> Corpus:
+def _corpus(source: str | None, beside: Path, start: Path | None, stop: Stop) -> Corpus:
     """A corpus by its directory, or prepared once from a source into a folder beside what is made with it."""
     from .data.corpus import MANIFEST, TOKENIZER, Corpus
     from .data.sources import Source
@@ -271,11 +274,17 @@ def _corpus(source: str | None, beside: Path, start: Path | None) -> Corpus:
                 f"{made} was prepared from another {source!r} ({corpus.manifest['source']}); choose another --out."
             )
         return corpus
-    return _prepared(source, made, str(start / TOKENIZER) if start else "bpe:1024", None, 0.05, None)
+    return _prepared(source, made, str(start / TOKENIZER) if start else "bpe:1024", None, 0.05, None, stop)
 
 
 def _prepared(
-    source: str, out: Path, tokenizer: str, validation: str | None, fraction: float, workers: int | None
+    source: str,
+    out: Path,
+    tokenizer: str,
+    validation: str | None,
+    fraction: float,
+    workers: int | None,
+    stop: Stop,
 ) -> Corpus:
     from .data.prepare import passes, prepare
     from .data.sources import Source
@@ -283,6 +292,12 @@ def _prepared(
 
     size = Source(source).size
     with Meter(f"preparing {source}", size * passes(tokenizer) if size else None) as meter:
+
+        def advance(amount: float) -> None:
+            if stop.requested:
+                raise Interrupted(f"stopped while preparing {source}; nothing is kept of that.")
+            meter.advance(amount)
+
         corpus = prepare(
             source,
             out,
@@ -290,7 +305,7 @@ def _prepared(
             validation=validation,
             fraction=fraction,
             workers=workers,
-            progress=meter.advance,
+            progress=advance,
         )
         counts = {name: f"{entry['tokens']:,}" for name, entry in corpus.manifest["splits"].items()}
         meter.line(
@@ -300,7 +315,10 @@ def _prepared(
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    _prepared(options.source, options.out, options.tokenizer, options.validation, options.fraction, options.workers)
+    with Stop().on_signals() as stop, _go_on("The same command starts again."):
+        _prepared(
+            options.source, options.out, options.tokenizer, options.validation, options.fraction, options.workers, stop
+        )
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -315,10 +333,11 @@ def _compare(options: argparse.Namespace) -> None:
     ]
 
     from .compare import Budget, compare, controls, parse_arm
+    from .data.corpus import Corpus
     from .files import write_json, write_text
     from .progress import console
     from .report.comparison import collect
-    from .training.loop import Stop
+    from .training.distributed import joined
 
     training = base.training
     if given and not 0 < given[0][1] < math.inf:
@@ -329,9 +348,12 @@ def _compare(options: argparse.Namespace) -> None:
         names, missing = [*names, *missing], []
     arms = [parse_arm(name, base) for name in names]
     seeds = range(training.seed, training.seed + options.seeds)
-    corpus = _corpus(options.corpus, options.out, options.start)
-    with Stop().on_signals() as stop, _go_on("The same command goes on."):
-        compare(arms, seeds, Budget(kind, amount), corpus, options.out, options.command, stop)
+    with Stop().on_signals() as stop, _go_on("The same command goes on."), joined(training.device) as world:
+        made = world.lead(lambda: str(_corpus(options.corpus, options.out, options.start, stop).path))
+        corpus = Corpus(Path(made))
+        compare(arms, seeds, Budget(kind, amount), corpus, options.out, options.command, stop, world)
+    if not world.leads:
+        return
 
     from .report.page import write_page
     from .report.tables import markdown, show
@@ -362,29 +384,41 @@ def _train(options: argparse.Namespace) -> None:
         raise UserError("give --out for a new run or --resume for an old one, not both.")
     if not (options.resume or options.out):
         raise UserError("where to? Give --out DIR for a new run or --resume DIR for an old one.")
-    from .compare import parse_arm, train_with_meter
-    from .progress import Meter
-    from .training.loop import Stop
-    from .training.run import Run, definite
+    with Stop().on_signals() as stop:  # from here on, while the libraries load
+        from .compare import parse_arm, train_with_meter
+        from .data.corpus import Corpus
+        from .progress import Meter
+        from .training.distributed import joined
+        from .training.run import Run, definite
 
-    if options.resume:
-        given = [n for n in ("arm", "rule", "splitting", "corpus", "start", "config", "set") if getattr(options, n)]
-        if given:
-            raise UserError(f"a resumed run keeps its own {given[0]}; leave it out, or start a new run with --out.")
-        run, line = Run(options.resume), f"going on with {options.resume}"
-    else:
-        head, comma, rest = (options.arm or presets.DEMO_ARMS[-1]).partition(",")
-        rule, _, splitting = head.partition(":")
-        text = f"{options.rule or rule}:{options.splitting or splitting or 'auto'}{comma}{rest}"
-        arm = parse_arm(text, _base(options))
-        corpus = _corpus(options.corpus, options.out.parent, options.start)
-        config, line = definite(arm.config, corpus)
-        run = Run.create(options.out, config, corpus)
-    with Stop().on_signals() as stop, Meter("training", run.config.training.steps) as meter:
-        meter.line(line)
-        with _go_on(f"Go on with: yuriiformer train --resume {run.path}"):
-            train_with_meter(run, meter, run.config.model.rule, 1, stop)
-        meter.line(f"Generate with: yuriiformer generate {run.path} --prompt '...'")
+        if options.resume:
+            given = [n for n in ("arm", "rule", "splitting", "corpus", "start", "config", "set") if getattr(options, n)]
+            if given:
+                raise UserError(f"a resumed run keeps its own {given[0]}; leave it out, or start a new run with --out.")
+            run = Run(options.resume)
+            base = run.config
+        else:
+            base = _base(options)
+        with (
+            joined(base.training.device) as world,
+            _go_on(f"Go on with: yuriiformer train --resume {options.resume or options.out}"),
+        ):
+            if options.resume:
+                line = f"going on with {options.resume}"
+            else:
+                head, comma, rest = (options.arm or presets.DEMO_ARMS[-1]).partition(",")
+                rule, _, splitting = head.partition(":")
+                text = f"{options.rule or rule}:{options.splitting or splitting or 'auto'}{comma}{rest}"
+                arm = parse_arm(text, base)
+                made = world.lead(lambda: str(_corpus(options.corpus, options.out.parent, options.start, stop).path))
+                corpus = Corpus(Path(made))
+                config, line = definite(arm.config, corpus)
+                world.lead(lambda: Run.create(options.out, config, corpus) and None)
+                run = Run(options.out)
+            with Meter("training", run.config.training.steps) as meter:
+                meter.line(line)
+                train_with_meter(run, meter, run.config.model.rule, 1, stop, world)
+                meter.line(f"Generate with: yuriiformer generate {run.path} --prompt '...'")
 
 
 def _import(options: argparse.Namespace) -> None:

@@ -10,8 +10,10 @@ import json
 import re
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +25,17 @@ from .model import training_flops_per_token
 from .presets import SCALED, SECOND_TABLE, ZERO_START
 from .progress import Meter
 from .rule import find_rule
+from .signals import Stop
 from .surgery import operate
-from .training.loop import Diverged, Stop, train
+from .training.distributed import World
+from .training.loop import Diverged, train
 from .training.run import Run, definite
 
 CALIBRATION_STEPS, CALIBRATION_ROUNDS = 40, 3
 # What all arms of a comparison share: another batch or precision in one arm would not be a paired comparison.
 SHARED = {
     "steps", "batch", "micro_batch", "seed", "evaluate_every", "evaluate_sequences", "checkpoint_every", "keep",
-    "device", "precision", "compile", "attention", "loss_chunk", "context", "vocabulary",
+    "keep_best", "parallel", "device", "precision", "compile", "attention", "loss_chunk", "context", "vocabulary",
 }  # fmt: skip
 DIVERGED = "diverged.json"
 CALIBRATION = "calibration"  # a folder for short runs that are thrown away
@@ -123,9 +127,18 @@ def controls(names: Sequence[str]) -> list[str]:
 
 
 def compare(
-    arms: Sequence[Arm], seeds: Sequence[int], budget: Budget, corpus: Corpus, out: Path, command: str, stop: Stop
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    budget: Budget,
+    corpus: Corpus,
+    out: Path,
+    command: str,
+    stop: Stop,
+    world: World,
 ) -> None:
     """Train every arm with every seed into `out`, or what is missing of it. The first arm is the baseline.
+
+    The processes of a world train one run after the other together.
 
     Raises UserError when `out` holds another comparison, Interrupted (everything saved) when asked to stop.
     """
@@ -138,14 +151,29 @@ def compare(
                 raise UserError(f"arms {same[0]!r} and {arm.name!r} are the same; name each once.")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; choose another --out.")
+    if world.size > 1 and budget.kind == "seconds":
+        raise UserError("--seconds measures one process; give several of them --tokens or --flops.")
+    with ExitStack() as held:
+        world.lead(lambda: held.enter_context(_held(out)))
+        steps = world.lead(lambda: _plan(arms, seeds, budget, corpus, out, command, stop))
+        _run(arms, seeds, steps, corpus, out, stop, world)
+
+
+@contextmanager
+def _held(out: Path) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     with lock(out, "comparison"):
-        steps = _plan(arms, seeds, budget, corpus, out, command, stop)
-        _run(arms, seeds, steps, corpus, out, stop)
+        yield
 
 
 def _run(
-    arms: Sequence[Arm], seeds: Sequence[int], steps: dict[str, int], corpus: Corpus, out: Path, stop: Stop
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    steps: dict[str, int],
+    corpus: Corpus,
+    out: Path,
+    stop: Stop,
+    world: World,
 ) -> None:
     """Train what is missing, seed by seed, so that an early look has every arm."""
     runs = [(seed, arm) for seed in seeds for arm in arms]
@@ -155,18 +183,24 @@ def _run(
             label = f"[{number}/{len(runs)}] {arm.name}, seed {seed}"
             path = out / "runs" / f"{arm.slug}-seed{seed}"
             config = override(arm.config, {"training.seed": seed, "training.steps": steps[arm.name]})
-            run = Run(path) if path.exists() else Run.create(path, config, corpus)
-            if run.complete or (path / DIVERGED).is_file():
+            if world.lead(partial(_begun, path, config, corpus)):
                 meter.skip(cost[arm.name])
                 continue
             try:
-                train_with_meter(run, meter, label, cost[arm.name] / config.training.steps, stop)
+                train_with_meter(Run(path), meter, label, cost[arm.name] / config.training.steps, stop, world)
             except Diverged as error:  # a result, too: the other arms go on
-                write_json(path / DIVERGED, {"message": str(error)})
+                if world.leads:
+                    write_json(path / DIVERGED, {"message": str(error)})
                 meter.line(str(error))
 
 
-def train_with_meter(run: Run, meter: Meter, label: str, work_per_step: float, stop: Stop) -> None:
+def _begun(path: Path, config: Config, corpus: Corpus) -> bool:
+    """Make the run directory where there is none; whether the run has ended."""
+    run = Run(path) if path.exists() else Run.create(path, config, corpus)
+    return run.complete or (path / DIVERGED).is_file()
+
+
+def train_with_meter(run: Run, meter: Meter, label: str, work_per_step: float, stop: Stop, world: World) -> None:
     """Train a run and show how it goes; a step counts `work_per_step` on the meter."""
     at, validation = run.step, ""
     meter.skip(at * work_per_step)
@@ -183,7 +217,7 @@ def train_with_meter(run: Run, meter: Meter, label: str, work_per_step: float, s
         meter.advance((record["step"] - at) * work_per_step, f"{label}: {text}")
         at = record["step"]
 
-    summary = train(run, stop, observe)
+    summary = train(run, stop, observe, world)
     meter.line(
         f"{label}: validation {summary['final_validation']:.4f} after {summary['steps']} steps, "
         f"{summary['seconds']:.0f} s, {summary['tokens_per_second']:,.0f} tokens/s"

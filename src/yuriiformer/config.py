@@ -52,7 +52,7 @@ class ModelConfig:
 class TrainingConfig:
     steps: int = doc("optimiser steps", 400)
     batch: int = doc("sequences per optimiser step, over all micro-batches and devices", 16)
-    micro_batch: int = doc("sequences per forward pass; 0 is the whole batch", 0)
+    micro_batch: int = doc("sequences per forward pass and process; 0 takes as many as fit in memory", 0)
     optimizer: Literal["muon", "adamw"] = doc("muon: Muon on the matrices of the layers, AdamW on the rest", "muon")
     muon_lr: float = doc("peak learning rate of Muon", 0.02)
     adamw_lr: float = doc("peak learning rate of AdamW", 0.02)
@@ -63,11 +63,14 @@ class TrainingConfig:
     decay: float = doc("share of the steps with linear decay, for wsd", 1 / 6)
     final_lr: float = doc("last learning rate as a share of the peak", 0.1)
     clip: float = doc("largest global gradient norm; 0 does not clip", 1.0)
+    spike: float = doc("leave out a step whose gradient norm is so many times its running mean; 0 never", 10.0)
     seed: int = doc("initial weights and data order", 0)
     evaluate_every: int = doc("steps between validations", 50)
     evaluate_sequences: int = doc("sequences of the fixed validation set", 256)
     checkpoint_every: int = doc("steps between checkpoints; 0 writes only the last", 100)
-    keep: int = doc("checkpoints kept", 2)
+    keep: int = doc("newest checkpoints kept", 2)
+    keep_best: bool = doc("write one at each new best validation loss, and keep the best", True)
+    parallel: Literal["ddp", "fsdp"] = doc("several processes: the model whole on each, or in shards", "ddp")
     device: Literal["auto", "cpu", "cuda", "mps"] = doc("auto takes the fastest there is", "auto")
     precision: Literal["auto", "fp32", "bf16"] = doc(
         "bf16 means autocast over fp32 weights; auto is measured per device", "auto"

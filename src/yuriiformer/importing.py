@@ -28,7 +28,7 @@ from .errors import EnvironmentFault, UserError, unknown
 from .files import read_json, sha256
 from .model import LanguageModel, checked
 from .presets import BASELINE
-from .training.checkpoint import Progress, save
+from .training.checkpoint import save
 from .training.run import Run
 
 WEIGHTS, INDEX, PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
@@ -92,7 +92,7 @@ def import_run(source: str, out: Path, *, tokenizer: str | None = None, trust: b
     untrained = TrainingConfig(steps=0, device="cpu", precision="fp32", compile="no")
     with Run.written(out, Config(model=model.config, training=untrained), {"imported_from": origin}) as folder:
         vocabulary.save(str(folder / TOKENIZER))
-        save(folder / "checkpoints", Progress(), model, [], keep=1)
+        save(folder / "checkpoints", model)
     return Run(out)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from types import TracebackType
 
@@ -10,7 +11,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 LINE_EVERY = 10.0  # seconds
 
-console = Console(stderr=True, highlight=False)
+# Of several processes that train one run together, the first speaks.
+console = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
 if not console.is_terminal:
     console.width = max(console.width, 170)  # a table in a log file is not cut to 80 columns
 

@@ -16,7 +16,8 @@ from yuriiformer.compare import controls
 from yuriiformer.config import override
 from yuriiformer.data.corpus import Corpus
 from yuriiformer.files import lock
-from yuriiformer.training.loop import Stop, train
+from yuriiformer.signals import Stop
+from yuriiformer.training.loop import train
 from yuriiformer.training.run import Run, definite
 
 SMALL = "--set model.layers=2 model.width=16 model.heads=2 model.context=16 training.batch=4 training.evaluate_every=10 training.compile=no training.precision=fp32"

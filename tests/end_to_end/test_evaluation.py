@@ -22,7 +22,8 @@ from yuriiformer.evaluate.paired import compare
 from yuriiformer.evaluate.remembering import RememberingModel
 from yuriiformer.evaluate.tasks import read
 from yuriiformer.files import read_json
-from yuriiformer.training.loop import Stop, train
+from yuriiformer.signals import Stop
+from yuriiformer.training.loop import train
 from yuriiformer.training.run import Run, definite
 
 TASKS, LIMIT = ["hellaswag", "arc_easy"], 6

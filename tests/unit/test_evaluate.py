@@ -14,7 +14,8 @@ from yuriiformer.evaluate.evaluate import evaluate
 from yuriiformer.evaluate.paired import compare
 from yuriiformer.evaluate.remembering import Memory
 from yuriiformer.evaluate.tasks import read
-from yuriiformer.training.loop import Stop, train
+from yuriiformer.signals import Stop
+from yuriiformer.training.loop import train
 from yuriiformer.training.run import Run, definite
 
 

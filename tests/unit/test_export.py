@@ -19,7 +19,7 @@ from yuriiformer.flatten import flatten
 from yuriiformer.model import LanguageModel
 from yuriiformer.progress import Meter
 from yuriiformer.rule import all_rules
-from yuriiformer.training.loop import Stop
+from yuriiformer.signals import Stop
 from yuriiformer.training.run import Run, definite
 
 transformers = pytest.importorskip("transformers", reason="the extra huggingface is not installed")

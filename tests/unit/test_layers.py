@@ -9,7 +9,7 @@ from yuriiformer.rule import all_rules
 
 ROOT = Path(yuriiformer.__file__).parent
 LAYERS = [
-    ["errors"],
+    ["errors", "signals"],
     ["config", "files", "flatten", "rule"],
     ["rules", "splitting", "presets", "progress", "tied"],
     ["oracle"],
@@ -56,7 +56,7 @@ def test_rules_import_only_rule():
 
 
 def test_what_must_start_fast_imports_no_torch():
-    free = {"errors", "config", "files", "presets", "progress", "data", "report", "cli"}
+    free = {"errors", "signals", "config", "files", "presets", "progress", "data", "report", "cli"}
     for path in files():
         if path.relative_to(ROOT).parts[0].removesuffix(".py") in free:
             heads = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)]

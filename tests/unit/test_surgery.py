@@ -14,9 +14,10 @@ from yuriiformer.errors import UserError
 from yuriiformer.files import read_json
 from yuriiformer.model import LanguageModel
 from yuriiformer.rule import all_rules, find_rule
+from yuriiformer.signals import Stop
 from yuriiformer.splitting import COMPOSING
 from yuriiformer.surgery import operate, reduction
-from yuriiformer.training.loop import Stop, train
+from yuriiformer.training.loop import train
 from yuriiformer.training.optimizer import make_optimizers
 from yuriiformer.training.run import Run, definite
 

@@ -28,7 +28,7 @@ class Validation:
 
     def __init__(self, run: Run) -> None:
         self.corpus, self.model = run.corpus(), run.build()
-        progress, self.complaints = restore(run.checkpoints, self.model, required=True)
+        progress, self.complaints = restore(run.checkpoints, self.model, best=run.best)
         self.step = progress.step
         state = read_json(run.checkpoints / f"step_{self.step}" / STATE)
         self.settings = {

@@ -5,26 +5,30 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import signal
+import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from ..data.corpus import Corpus
 from ..data.tokenizer import END_OF_TEXT
-from ..errors import Interrupted, UserError
-from ..files import disk_errors, lock, write_json
+from ..errors import EnvironmentFault, Interrupted, UserError
+from ..files import append_line, lock, read_json, sync, write_json
 from ..generate import generate
 from ..model import LanguageModel, flops_per_token
-from .checkpoint import Progress, restore, save
-from .optimizer import lr_factor, make_optimizers
+from ..signals import Stop
+from .checkpoint import Progress, Writer, load_model, load_optimizers, newest_whole, require_room, snapshot
+from .distributed import World
+from .optimizer import lr_factor
 from .run import Run
+from .step import Batch, Stepper, out_of_memory
 
 LOG_EVERY = 10  # steps per line of metrics.jsonl
+PATIENCE = 10  # refused steps in a row, counted when a line is logged, after which training goes back to its checkpoint
 Observer = Callable[[dict[str, Any]], None]
 
 
@@ -32,131 +36,188 @@ class Diverged(UserError):
     """Loss or gradient is no number any more."""
 
 
-class Stop:
-    """Whether a signal has asked to stop. A second signal ends the process at once."""
-
-    requested = False
-
-    @contextmanager
-    def on_signals(self) -> Iterator[Stop]:
-        def handle(number: int, frame: FrameType | None) -> None:
-            self.requested = True
-            signal.signal(number, previous[signal.Signals(number)])
-
-        previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+class Unstable(Exception):
+    """Nothing but refused steps: computed once more from the newest checkpoint, they may come out better."""
 
 
-def train(run: Run, stop: Stop, observe: Observer = lambda record: None) -> dict[str, Any]:
+def train(run: Run, stop: Stop, observe: Observer = lambda record: None, world: World = World()) -> dict[str, Any]:  # noqa: B008
     """Train a run to its end, from its newest checkpoint where it has one; return its summary.
 
-    observe: called with each line of metrics.jsonl.
+    observe: called in the leading process with each line of metrics.jsonl, and with {"step", "warning"}.
     Raises Interrupted (everything saved) when `stop` was requested, Diverged when the loss is no number any more,
-    UserError when the run is complete or another process trains it.
+    UserError when the run is complete or another process trains it, EnvironmentFault when the machine refuses.
     """
-    with lock(run.path, "run"):
-        return _train(run, stop, observe)
+    with ExitStack() as held:
+        world.lead(lambda: held.enter_context(lock(run.path, "run")))
+        if world.lead(lambda: run.complete):
+            raise UserError(f"{run.path} is complete: {run.config.training.steps} steps are done.")
+        rewound: set[int] = set()
+        while True:
+            try:
+                return _train(run, stop, observe if world.leads else lambda record: None, world)
+            except Unstable as error:
+                # A fault of the hardware does not come back when the same steps are computed again; divergence does.
+                at = world.lead(lambda: run.step)
+                if at in rewound:
+                    raise Diverged(f"{run.path} diverged: {error}; lower the learning rates.") from None
+                rewound.add(at)
+                if world.leads:
+                    observe({"step": at, "warning": f"{error}; going back to step {at}"})
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                raise EnvironmentFault(f"out of memory: {str(error).splitlines()[0]}") from None
 
 
-def _train(run: Run, stop: Stop, observe: Observer) -> dict[str, Any]:
-    if run.complete:
-        raise UserError(f"{run.path} is complete: {run.config.training.steps} steps are done.")
+def _train(run: Run, stop: Stop, observe: Observer, world: World) -> dict[str, Any]:
     config, corpus = run.config.training, run.corpus()
-    context, micro = run.config.model.context, config.micro_batch or config.batch
-    device = torch.device(config.device)
-    model = run.build().to(device)
-    optimizers = make_optimizers(model, config)
-    progress, complaints = restore(run.checkpoints, model, optimizers)
+    context = run.config.model.context
+    found, state, complaints = world.lead(lambda: _newest(run))
+    checkpoint, progress = run.checkpoints / found, Progress(**state)
+
+    def warn(text: str) -> None:
+        observe({"step": progress.step, "warning": text})
+
     for complaint in complaints:
-        observe({"step": progress.step, "warning": complaint})
-    run.truncate_metrics(progress.step)
-    if config.compile == "yes":
-        model.compile_parts()
+        warn(complaint)
+    model = run.build()
+    if found:
+        load_model(checkpoint, model)
+    stepper = Stepper(model, config, world, stop, warn)
+    if found:
+        load_optimizers(checkpoint, model, stepper.optimizers)
+        stepper.remember(progress)
+    logged = world.lead(lambda: run.truncate_metrics(progress.step))
+    best = min((record["validation"] for record in logged if "validation" in record), default=math.inf)
+    mean = logged[-1]["loss"] if logged else math.nan
+    world.lead(lambda: require_room(run.checkpoints, 3 * sum(p.numel() * p.element_size() for p in model.parameters())))
 
-    def to_device(array: Any) -> Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
-
-    def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            return model.loss(inputs, targets)
-
-    def validate() -> float:  # with the training graph: the same numbers, and nothing more to compile
-        return torch.stack([loss_of(*pair).detach() for pair in validation]).mean().item()
+    mine = slice(world.rank, None, world.size)
+    validation = [
+        stepper.to_device((xs[mine], ys[mine]))
+        for xs, ys in corpus.validation_batches(
+            sequences=config.evaluate_sequences, batch=config.batch, context=context
+        )
+    ]
+    stepper.gradient((validation[0][0][: stepper.micro], validation[0][1][: stepper.micro]))  # compiles, warms up
+    stepper.clear()
 
     def synchronised_time() -> float:
-        if device.type == "cuda":
+        if stepper.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    batches = corpus.validation_batches(sequences=config.evaluate_sequences, batch=config.batch, context=context)
-    validation = [
-        pair for xs, ys in batches for pair in zip(to_device(xs).split(micro), to_device(ys).split(micro), strict=True)
-    ]
-    loss_of(*validation[0]).backward()  # compiles and warms up before the clock starts
-    for optimizer in optimizers:
-        optimizer.zero_grad()
+    def save(writer: Writer, done: int, measured: float | None) -> None:
+        tensors = snapshot(model, stepper.optimizers)
+        if world.leads:
+            if run.metrics.is_file():
+                sync(run.metrics)
+            state = Progress(done, seconds, losses[0].item(), int(losses[1].item()), *stepper.guard.numbers())
+            writer.submit(state, measured, tensors)
 
-    seconds, loss_sum = progress.seconds, torch.tensor(progress.loss_sum, device=device)
-    with disk_errors(run.metrics), run.metrics.open("a", encoding="utf-8") as metrics:
+    def finish(writer: Writer) -> None:
+        if poisoned := world.lead(writer.finish):
+            raise Unstable(poisoned)
+
+    seconds = progress.seconds
+    losses = torch.tensor([progress.loss_sum, progress.loss_count], device=stepper.device)  # since the log's last line
+    saved = progress.step if found else None
+    with Writer(run.checkpoints, config.keep, config.keep_best) as writer:
         started = synchronised_time()
-        for step in range(progress.step, config.steps):
-            factor = lr_factor(step, config)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak_lr"] * factor
-            inputs, targets = map(
-                to_device, corpus.batch_at(step, seed=config.seed, batch=config.batch, context=context)
-            )
-            for pair in zip(inputs.split(micro), targets.split(micro), strict=True):
-                loss = loss_of(*pair) * (micro / config.batch)
-                loss.backward()
-                loss_sum += loss.detach()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-
-            done, stopping = step + 1, stop.requested  # read once: a signal may come at any moment
+        for step, batch in _batches(corpus, run, progress.step, world, stepper):
+            result = stepper(step, batch)
+            if result is None:
+                seconds += synchronised_time() - started
+                if saved != step:
+                    save(writer, step, None)
+                finish(writer)
+                raise Interrupted(f"stopped at step {step} of {config.steps}; saved.")
+            loss, norm = result
+            losses += torch.stack([loss.nan_to_num(0, 0, 0), loss.isfinite().float()])
+            done = step + 1
             last = done == config.steps
             evaluate = last or done % config.evaluate_every == 0
             log = evaluate or done % LOG_EVERY == 0
-            checkpoint = last or stopping or (config.checkpoint_every and done % config.checkpoint_every == 0)
-            if not (log or checkpoint):
+            due = last or (config.checkpoint_every and done % config.checkpoint_every == 0)
+            if not (log or due):
                 continue
             seconds += synchronised_time() - started
-            mean = loss_sum.item() / (step % LOG_EVERY + 1)
-            if not (math.isfinite(mean) and torch.isfinite(norm)):
-                raise Diverged(
-                    f"{run.path} diverged by step {done}: loss or gradient is no number; lower the learning rates."
-                )
+            warning, poisoned = world.lead(lambda: (writer.poll(), writer.poisoned))
+            if warning:
+                warn(warning)
+            if poisoned:
+                raise Unstable(poisoned)
+            if stepper.guard.row.item() >= PATIENCE:
+                raise Unstable(f"{PATIENCE} steps in a row until step {done} had a loss or gradient beyond reason")
+            measured = None
             if log:
+                total, count = losses.tolist()
+                mean = total / count if count else mean
                 record = {"step": done, "tokens": done * config.batch * context, "seconds": round(seconds, 4)}
-                record |= {"loss": mean, "gradient_norm": norm.item(), "lr": factor}
+                record |= {
+                    "loss": mean,
+                    "gradient_norm": norm.nan_to_num(0, 0, 0).item(),
+                    "lr": lr_factor(step, config),
+                }
+                if skipped := int(stepper.guard.skipped.item()):
+                    record["skipped"] = skipped
                 if evaluate:
-                    record["validation"] = validate()
-                    if not math.isfinite(record["validation"]):
-                        raise Diverged(f"{run.path} diverged by step {done}: the validation loss is no number.")
-                metrics.write(json.dumps(record) + "\n")
-                metrics.flush()
+                    measured = record["validation"] = stepper.validate(validation)
+                    if not math.isfinite(measured):
+                        raise Unstable(f"the validation loss of step {done} is no number")
+                    due = due or (config.keep_best and measured < best)
+                    best = min(best, measured)
+                if world.leads:
+                    append_line(run.metrics, json.dumps(record))
                 observe(record)
             if done % LOG_EVERY == 0:
-                loss_sum.zero_()
-            if checkpoint:
-                progress = Progress(done, seconds, loss_sum.item())
-                save(run.checkpoints, progress, model, optimizers, config.keep)
-            if stopping and not last:
-                raise Interrupted(f"stopped at step {done} of {config.steps}; saved.")
+                losses.zero_()
+            if due:
+                save(writer, done, measured)
+                saved = done
             started = synchronised_time()
+        finish(writer)
 
-    records = run.records()
+    world.lead(lambda: write_json(run.path / "summary.json", _summary(run, corpus)))
+    return read_json(run.path / "summary.json")
+
+
+def _newest(run: Run) -> tuple[str, dict[str, Any], list[str]]:
+    """The name of the newest whole checkpoint (empty: none), its progress, and what was passed over."""
+    for torso in run.checkpoints.glob("*.partial"):  # of a process that was killed
+        shutil.rmtree(torso, ignore_errors=True)
+    checkpoint, state, complaints = newest_whole(run.checkpoints)
+    return (checkpoint.name, state["progress"], complaints) if checkpoint else ("", {}, [])
+
+
+def _batches(corpus: Corpus, run: Run, first: int, world: World, stepper: Stepper) -> Iterator[tuple[int, Batch]]:
+    """This process's share of each batch; the next one is read while the device is at work."""
+    config, context = run.config.training, run.config.model.context
+
+    def read(step: int) -> Batch:
+        rows = corpus.batch_at(
+            step, seed=config.seed, batch=config.batch, context=context, rank=world.rank, world=world.size
+        )
+        return stepper.to_device(rows)
+
+    with ThreadPoolExecutor(1, "batches") as pool:
+        coming = pool.submit(read, first)
+        for step in range(first, config.steps):
+            batch = coming.result()
+            if step + 1 < config.steps:
+                coming = pool.submit(read, step + 1)
+            yield step, batch
+
+
+def _summary(run: Run, corpus: Corpus) -> dict[str, Any]:
+    """What a finished run says of itself, by its last checkpoint."""
+    config, records = run.config, run.records()
     validations = [r for r in records if "validation" in r]
     best = min(validations, key=lambda r: r["validation"])
-    summary = {
-        "steps": config.steps,
+    model = run.load()[0].to(config.training.device)
+    held_out = corpus.validation_batches(sequences=1, batch=1, context=config.model.context)
+    return {
+        "steps": config.training.steps,
         "tokens": records[-1]["tokens"],
         "seconds": records[-1]["seconds"],
         "tokens_per_second": _median_speed(records),
@@ -164,15 +225,14 @@ def _train(run: Run, stop: Stop, observe: Observer) -> dict[str, Any]:
         "final_validation": validations[-1]["validation"],
         "best_validation": best["validation"],
         "best_step": best["step"],
+        "skipped": records[-1].get("skipped", 0),
         "bits_per_byte": validations[-1]["validation"] / math.log(2) / corpus.bytes_per_token,
         "parameters": model.parameter_counts(),
-        "forward_flops_per_token": flops_per_token(run.config.model),
+        "forward_flops_per_token": flops_per_token(config.model),
         "coefficients": model.learned_coefficients(),
         "streams": model.rule.streams,
-        "sample": _sample(run, model, batches[0][0][0]),
+        "sample": _sample(run, model, held_out[0][0][0]),
     }
-    write_json(run.path / "summary.json", summary)
-    return summary
 
 
 def _median_speed(records: list[dict[str, Any]]) -> float:

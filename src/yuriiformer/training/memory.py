@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import Config, ModelConfig, TrainingConfig, as_dict, from_dict, override
+from ..config import Config, as_dict, from_dict, override
 from ..errors import EnvironmentFault
 from ..machine import memory_free
 from ..model import Layer, LanguageModel
@@ -40,10 +42,11 @@ def estimate(config: Config, micro_batch: int, ranks: int = 1) -> dict[str, int]
     kept, plain = (_kept(json.dumps(as_dict(replace(config, model=m)))) for m in (model, baseline))
     moments = 8 * parameters - (4 * in_matrices if training.optimizer == "muon" else 0)
     shards = ranks if training.parallel == "fsdp" else 1
+    gathered = 0 if shards == 1 else 8 * _numel(list(built.layers[0].parameters()))  # a layer, and the next one's
     # Logits that stand at the same time: in bf16 compiled they and their gradient; eager: three of fp32.
     logits = model.vocabulary * (min(tokens, training.loss_chunk or tokens)) * (12 if not compiled else 4 if half else 8)
     parts = {
-        "weights": 4 * parameters // shards,
+        "weights": 4 * parameters // shards + gathered,
         "gradients": 4 * parameters // shards,
         "optimiser": moments // shards,
         "copies in bf16": 2 * (in_matrices + model.vocabulary * model.width) if half else 0,
@@ -97,19 +100,52 @@ def _kept(config: str) -> int:
 
 
 def fit(config: Config, ranks: int = 1) -> tuple[int, str]:
-    """The largest micro-batch of a device that fits into its free memory, and a line that says so.
+    """The largest micro-batch that fits into the free memory of each of `ranks` devices, and a line that says so.
 
-    Few passes are wanted, and even ones: of 480 sequences 120 a pass, where 130 would fit.
+    The number of passes is what counts: as few as fit, or up to a quarter more where that makes them equal.
     Raises EnvironmentFault with what would fit when not one sequence does.
     """
     rows = math.ceil(config.training.batch / ranks)
     free = SPARE * device_memory_free(config.training.device)
-    one, two = (sum(estimate(config, n, ranks).values()) for n in (1, 2))
-    if one > free:
-        raise EnvironmentFault(_too_large(config, ranks, one, free))
-    fits = max(n for n in _halvings(rows) if sum(estimate(config, n, ranks).values()) <= free)
-    ...
+
+    def needed(micro: int) -> int:
+        return sum(estimate(config, micro, ranks).values())
+
+    largest = bisect.bisect_right(range(1, rows + 1), free, key=needed)
+    if not largest:
+        others = "; ".join(_would_fit(config, ranks, free)) or "a machine with more"
+        raise EnvironmentFault(
+            f"one sequence needs about {needed(1) / 1e9:.1f} GB and {free / 1e9:.1f} GB are free. Would fit: {others}."
+        )
+    passes = math.ceil(rows / largest)
+    passes = next((n for n in range(passes, passes + passes // 4 + 1) if rows % n == 0), passes)
+    micro = math.ceil(rows / passes)
+    return micro, f"micro-batch {micro} x {passes}: {needed(micro) / 1e9:.2g} of {free / 1e9:.2g} GB estimated"
 
 
-def _halvings(rows: int) -> Iterator[int]:
-    ...
+def device_memory_free(device: str) -> float:
+    """Bytes; infinity where nothing tells."""
+    if device == "cuda":
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # torch's own, free to be taken again
+        return float(torch.cuda.mem_get_info()[0] + unused)
+    return memory_free() if device == "cpu" else math.inf
+
+
+def _would_fit(config: Config, ranks: int, free: float) -> Iterator[str]:
+    """Changes of one key with which one sequence fits."""
+    model = config.model
+    smaller: dict[str, list[Any]] = {
+        f"model.{key}": [getattr(model, key) >> n for n in range(1, 12) if getattr(model, key) >> n > 0]
+        for key in ("context", "layers")
+    }
+    smaller["model.width"] = [w for n in range(1, 12) if (w := model.width >> n) and w % model.heads == 0]
+    smaller["training.loss_chunk"] = [] if config.training.loss_chunk else [1024]
+    for key, values in smaller.items():
+        for value in values:
+            if sum(estimate(override(config, {key: value}), 1, ranks).values()) <= free:
+                yield f"{key}={value}"
+                break
+    for processes in (2, 4, 8, 16, 32, 64):
+        if sum(estimate(override(config, {"training.parallel": "fsdp"}), 1, processes).values()) <= free:
+            yield f"training.parallel=fsdp on {processes} devices"
+            break

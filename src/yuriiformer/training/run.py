@@ -5,7 +5,7 @@ env.json         versions, machine, checksums of the corpus, of a rule file and 
 tokenizer.json   a copy, so that the run can generate text without its corpus
 rule.py          a copy of a rule file from outside the package, for the record
 metrics.jsonl    one line per logged step
-checkpoints/     the newest few
+checkpoints/     the newest few, and the best
 summary.json     written last: its presence means the run is complete
 """
 
@@ -32,6 +32,8 @@ from ..model import LanguageModel, checked
 from ..rule import find_rule
 from .checkpoint import MODEL, newest_first, newest_whole, restore
 from .device import describe, resolve
+
+MEASURED = ("seconds", "memory", "mfu")  # of metrics.jsonl: what differs when the same run is done again
 
 
 def padded_vocabulary(corpus: Corpus) -> int:
@@ -64,10 +66,6 @@ def definite(config: Config, corpus: Corpus) -> tuple[Config, str]:
     for key in ("steps", "batch", "evaluate_every", "evaluate_sequences"):
         if getattr(training, key) < 1:
             raise UserError(f"training.{key} must be at least 1; got {getattr(training, key)}.")
-    if training.micro_batch and training.batch % training.micro_batch:
-        raise UserError(
-            f"training.micro_batch must divide training.batch; got {training.micro_batch} and {training.batch}."
-        )
     corpus.batch_at(0, seed=training.seed, batch=1, context=model.context)  # raises when the context is too long
     corpus.validation_batches(sequences=1, batch=1, context=model.context)
     places = {"corpus": str(corpus.path.resolve()), "start": str(start.path.resolve()) if start else ""}
@@ -75,10 +73,13 @@ def definite(config: Config, corpus: Corpus) -> tuple[Config, str]:
 
 
 class Run:
-    """An existing run directory. Raises UserError when it is none, or its config is damaged."""
+    """An existing run directory; its weights are those of its newest checkpoint, or of its best.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Raises UserError when it is none, or its config is damaged.
+    """
+
+    def __init__(self, path: Path, best: bool = False) -> None:
+        self.path, self.best = path, best
         if not (path / "config.json").is_file():
             raise UserError(f"{path} is no run directory (it has no config.json).")
         self.config = from_dict(Config, read_json(path / "config.json"))
@@ -135,8 +136,8 @@ class Run:
 
     @property
     def weights(self) -> dict[str, Any]:
-        """The newest whole checkpoint, by run, step and checksum. Raises UserError when there is none."""
-        _, state, _ = newest_whole(self.checkpoints, required=True)
+        """Those of the whole checkpoint it is asked for, by run, step and checksum. Raises UserError without one."""
+        _, state, _ = newest_whole(self.checkpoints, required=True, best=self.best)
         sha256 = state["files"][MODEL]["sha256"]
         return {"run": self.path.resolve().name, "step": state["progress"]["step"], "sha256": sha256}
 
@@ -188,9 +189,9 @@ class Run:
         model.load_state_dict(tensors, strict=False)
 
     def load(self) -> tuple[LanguageModel, list[str]]:
-        """The model with its newest whole checkpoint, and a line for each damaged one passed over."""
+        """The model with its weights, and a line for each damaged checkpoint passed over."""
         model = self.build()
-        return model, restore(self.checkpoints, model, required=True)[1]
+        return model, restore(self.checkpoints, model, best=self.best)[1]
 
     @property
     def metrics(self) -> Path:
@@ -204,7 +205,8 @@ class Run:
         except json.JSONDecodeError as error:
             raise UserError(f"{self.metrics} is damaged: {error}") from None
 
-    def truncate_metrics(self, step: int) -> None:
-        """Drop what was logged after the checkpoint that training goes on from."""
+    def truncate_metrics(self, step: int) -> list[dict[str, Any]]:
+        """Drop what was logged after the checkpoint that training goes on from; return what is left."""
         kept = [record for record in self.records() if record["step"] <= step]
         write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+        return kept
