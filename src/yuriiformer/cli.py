@@ -7,8 +7,9 @@ import json
 import math
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from . import __version__, presets
 from .config import Config, flat_keys, load, override
 from .errors import EnvironmentFault, Interrupted, Refuted, UserError
-from .signals import Stop
+from .signals import SIGNALS, Stop
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from .compare import Arm
     from .data.corpus import Corpus
     from .theory import Subject
 
@@ -102,6 +104,32 @@ def _parser() -> Parser:
     sub.add_argument("--rule", metavar="NAME|FILE.py", help="the same as naming it as ARM")
     sub.add_argument("--splitting", metavar="NAME", help="the same as ARM:NAME")
     _recipe_arguments(sub)
+
+    sub = command(
+        "reproduce",
+        _reproduce,
+        "run what stands behind a published table, and set our numbers beside it",
+        "The same command goes on with what is there. What it costs is told before it starts; --plan stops there.",
+    )
+    sub.add_argument("table", metavar="TABLE", help=", ".join(presets.TABLES))
+    sub.add_argument("--plan", action="store_true", help="print what it costs, and stop")
+    sub.add_argument(
+        "--calibrate", action="store_true", help="measure this device's speed first, by ten steps of each arm"
+    )
+    sub.add_argument(
+        "--scale", type=float, default=1.0, metavar="X", help="the whole protocol in this share of the steps, in (0, 1]"
+    )
+    sub.add_argument("--seeds", type=int, default=1, metavar="N", help="from training.seed on; default 1, as published")
+    sub.add_argument("--controls", action="store_true", help="add arms that no table has: the honest controls")
+    sub.add_argument("--tasks", metavar="NAME,...", help="then ask each run: tasks of lm-eval, hellaswag,arc_easy")
+    sub.add_argument("--data", type=Path, metavar="FOLDER", help="local files for the tasks, in place of the hub")
+    sub.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="default: runs/reproduce/TABLE")
+    _change_arguments(sub)
+    sub.set_defaults(start=None, config=None, schedule=None)
+    sub.add_argument(
+        "--json", action="store_true", help="print reproduction.json, or the plan; all else: standard error"
+    )
 
     sub = command("prepare", _prepare, "turn text into a corpus")
     sub.add_argument(
@@ -201,10 +229,9 @@ def _parser() -> Parser:
 
 def _recipe_arguments(sub: Parser) -> None:
     sub.add_argument(
-        "--corpus",
-        metavar="DIR|SOURCE",
-        help="a prepared corpus, or a source to prepare; default stdlib",
+        "--preset", metavar="NAME", help=f"a recipe and its text: {', '.join(presets.PRESETS)}; default demo"
     )
+    sub.add_argument("--schedule", metavar="NAME", help="the same as --set training.schedule=NAME")
     sub.add_argument(
         "--from",
         type=Path,
@@ -214,6 +241,14 @@ def _recipe_arguments(sub: Parser) -> None:
         "first computes exactly the same function",
     )
     sub.add_argument("--config", type=Path, metavar="FILE", help="a .toml or .json file of config keys")
+    _change_arguments(sub)
+
+
+def _change_arguments(sub: Parser) -> None:
+    sub.add_argument(
+        "--corpus", metavar="DIR|SOURCE", help="a prepared corpus, or a source to prepare; default: the recipe's"
+    )
+    sub.add_argument("--tokenizer", metavar="NAME", help="for a source to prepare; default: the recipe's")
     sub.add_argument(
         "--set",
         nargs="+",
@@ -234,9 +269,17 @@ def _keys() -> str:
     return "\n".join(lines)
 
 
-def _base(options: argparse.Namespace) -> Config:
-    """The demo's config, with the model of a start run, and the file's and the command line's keys over it."""
-    config = presets.demo()
+def _preset(options: argparse.Namespace) -> presets.Preset:
+    return presets.find_preset(options.preset or "demo")
+
+
+def _base(options: argparse.Namespace, scale: float | None = None) -> Config:
+    """The preset's config, with the model of a start run, and the file's and the command line's keys over it."""
+    config = _preset(options).config()
+    if scale is not None:
+        config = presets.scaled(config, scale)
+    if options.corpus or options.tokenizer:  # a text of one's own brings its vocabulary
+        config = replace(config, model=replace(config.model, vocabulary=0))
     if options.start:
         from .training.run import Run
 
@@ -245,7 +288,7 @@ def _base(options: argparse.Namespace) -> Config:
         config = replace(config, start=str(options.start), model=run.model, training=training)
     if options.config:
         config = load(options.config, config)
-    assignments = {}
+    assignments = {"training.schedule": options.schedule} if options.schedule else {}
     for text in options.set:
         key, equals, value = text.partition("=")
         if not equals:
@@ -257,24 +300,42 @@ def _base(options: argparse.Namespace) -> Config:
     return config
 
 
-def _corpus(source: str | None, beside: Path, start: Path | None, stop: Stop) -> Corpus:
+def _corpus(options: argparse.Namespace, beside: Path, stop: Stop) -> Corpus:
     """A corpus by its directory, or prepared once from a source into a folder beside what is made with it."""
-    from .data.corpus import MANIFEST, TOKENIZER, Corpus
+    if corpus := _prepared_already(options, beside):
+        return corpus
+    preset, source, tokenizer = _preset(options), *_text(options)
+    held_out = preset.held_out if source == preset.source else presets.Preset.held_out
+    return _prepared(source, beside / "corpus", tokenizer, None, held_out, None, stop)
+
+
+def _text(options: argparse.Namespace) -> tuple[str, str]:
+    """The source that is asked for, and its tokenizer: the one named, the start run's, or the preset's."""
+    from .data.corpus import TOKENIZER
+
+    own = str(options.start / TOKENIZER) if options.start else _preset(options).tokenizer
+    return options.corpus or _preset(options).source, options.tokenizer or own
+
+
+def _prepared_already(options: argparse.Namespace, beside: Path) -> Corpus | None:
+    """The corpus that is asked for, where it is there. Raises UserError when another one stands in its place."""
+    from .data.corpus import MANIFEST, Corpus
     from .data.sources import Source
 
-    source = source or "stdlib"
-
-    if (Path(source) / MANIFEST).is_file():
-        return Corpus(Path(source))
-    made = beside / "corpus"
-    if made.exists():
-        corpus = Corpus(made)
-        if (corpus.manifest["source"], corpus.manifest["source_bytes"]) != (source, Source(source).size):
-            raise UserError(
-                f"{made} was prepared from another {source!r} ({corpus.manifest['source']}); choose another --out."
-            )
-        return corpus
-    return _prepared(source, made, str(start / TOKENIZER) if start else "bpe:1024", None, 0.05, None, stop)
+    source, tokenizer = _text(options)
+    given = (Path(source) / MANIFEST).is_file()
+    made = Path(source) if given else beside / "corpus"
+    if not made.exists():
+        return None
+    corpus = Corpus(made)
+    found = corpus.manifest
+    if not given and (found["source"], found["source_bytes"]) != (source, Source(source).size):
+        raise UserError(f"{made} was prepared from another {source!r} ({found['source']}); choose another --out.")
+    # a start run's tokenizer is compared by what it holds, when the arms are made definite
+    if found["tokenizer"] != tokenizer and (options.tokenizer or not (given or options.start)):
+        way = "leave --tokenizer out" if given else "choose another --out"
+        raise UserError(f"{made} was prepared with tokenizer {found['tokenizer']}, not {tokenizer}; {way}.")
+    return corpus
 
 
 def _prepared(
@@ -334,9 +395,8 @@ def _compare(options: argparse.Namespace) -> None:
 
     from .compare import Budget, compare, controls, parse_arm
     from .data.corpus import Corpus
-    from .files import write_json, write_text
     from .progress import console
-    from .report.comparison import collect
+    from .report.tables import show
     from .training.distributed import joined
 
     training = base.training
@@ -349,25 +409,148 @@ def _compare(options: argparse.Namespace) -> None:
     arms = [parse_arm(name, base) for name in names]
     seeds = range(training.seed, training.seed + options.seeds)
     with Stop().on_signals() as stop, _go_on("The same command goes on."), joined(training.device) as world:
-        made = world.lead(lambda: str(_corpus(options.corpus, options.out, options.start, stop).path))
+        made = world.lead(lambda: str(_corpus(options, options.out, stop).path))
         corpus = Corpus(Path(made))
         compare(arms, seeds, Budget(kind, amount), corpus, options.out, options.command, stop, world)
     if not world.leads:
         return
 
-    from .report.page import write_page
-    from .report.tables import markdown, show
-
-    comparison = collect(options.out) | {"controls_not_run": missing}
-    write_json(options.out / "comparison.json", comparison)
-    write_page(comparison, options.out / "report.html")
-    write_text(options.out / "table.md", markdown(comparison))
+    comparison = _report(options.out, missing)
     show(comparison, console)
     if missing:
         console.print(f"Honest controls not run here (--controls adds them): {', '.join(missing)}", soft_wrap=True)
     console.print(f"Look at {options.out / 'report.html'}", soft_wrap=True)
     if options.json:
         print(json.dumps(comparison))
+
+
+def _reproduce(options: argparse.Namespace) -> None:
+    table = presets.find_table(options.table)
+    options.preset, out = table.preset, options.out or Path("runs/reproduce") / options.table
+    if options.seeds < 1:
+        raise UserError(f"--seeds must be at least 1; got {options.seeds}.")
+    if options.limit is not None and options.limit < 1:
+        raise UserError(f"--limit must be at least 1; got {options.limit}.")
+    if not options.tasks and (options.data or options.limit is not None):
+        raise UserError("--data and --limit belong to --tasks; name some.")
+    tasks = [name.strip() for name in (options.tasks or "").split(",") if name]
+    asked = _base(options, options.scale)
+    seeds = range(asked.training.seed, asked.training.seed + options.seeds)
+    measured: dict[str, float] = {}  # tokens per second of each arm, where a calibration tells them
+
+    with Stop().on_signals() as stop, _go_on("The same command goes on."):
+        from .compare import Budget, compare
+        from .data.corpus import Corpus
+        from .data.tokenizer import vocabulary_of
+        from .files import write_json, write_text
+        from .progress import console
+        from .report.reproduction import beside, markdown, show, show_plan, write_page
+        from .reproduce import arms_of, deviations, measure, plan, with_vocabulary
+        from .training.distributed import joined
+
+        def text(corpus: Corpus | None) -> tuple[str, str, int]:
+            """Source, tokenizer and its tokens, of what is there or of what will be prepared."""
+            if corpus:
+                return corpus.manifest["source"], corpus.manifest["tokenizer"], corpus.vocabulary
+            source, tokenizer = _text(options)
+            return source, tokenizer, vocabulary_of(tokenizer)
+
+        def arms(corpus: Corpus | None) -> list[Arm]:
+            return arms_of(table, with_vocabulary(asked, text(corpus)[2]), options.controls)
+
+        def cost(corpus: Corpus | None) -> dict[str, Any]:
+            source, tokenizer, tokens = text(corpus)
+            differ = deviations(with_vocabulary(asked, tokens), _preset(options), source, tokenizer)
+            return {"title": table.title, "deviations": differ, **plan(arms(corpus), seeds, out, measured)}
+
+        def begin() -> str:
+            """Tell what it costs and have the text prepared; empty when that was all that was asked."""
+            corpus = _prepared_already(options, out)
+            if options.calibrate:
+                corpus = corpus or _corpus(options, out, stop)
+                measured.update(measure(arms(corpus), corpus, out, stop))
+            costs = cost(corpus)
+            show_plan(costs, console)
+            if options.plan:
+                if options.json:
+                    print(json.dumps(costs))
+                return ""
+            if tasks:
+                with _extra("evaluate"):  # what they lack is told before the first run
+                    from .evaluate.tasks import read
+                read(tasks, None, options.data, out / "tasks")
+            return str((corpus or _corpus(options, out, stop)).path)
+
+        with joined(asked.training.device) as world:
+            if world.size > 1 and options.calibrate:
+                raise UserError("--calibrate measures one process; leave it out.")
+            if not (made := world.lead(begin)):
+                return
+            corpus = Corpus(Path(made))
+            training, context = asked.training, asked.model.context
+            budget = Budget("tokens", training.steps * training.batch * context)
+            compare(arms(corpus), seeds, budget, corpus, out, options.command, stop, world)
+    if not world.leads:
+        return
+
+    comparison = _report(out, [])
+    found = beside(table, comparison, cost(corpus))
+    with _go_on("The same command goes on."), _stoppable():
+        for arm in arms(corpus) if tasks else []:
+            found["scores"][arm.name] = _scores(arm, seeds, out, tasks, options.data, options.limit)
+    write_json(out / "reproduction.json", found)
+    write_page(found, comparison, out / "reproduction.html")
+    write_text(out / "reproduction.md", markdown(found))
+    show(found, console)
+    console.print(f"Look at {out / 'reproduction.html'}; all arms: {out / 'report.html'}", soft_wrap=True)
+    if options.json:
+        print(json.dumps(found))
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Each signal that asks to stop is Ctrl-C: for what goes on by itself the next time, and looks at no Stop."""
+    previous = {number: signal.signal(number, signal.default_int_handler) for number in SIGNALS}
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted("stopped.") from None
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _scores(
+    arm: Arm, seeds: Sequence[int], out: Path, tasks: list[str], data: Path | None, limit: int | None
+) -> dict[str, dict[str, Any]]:
+    """What lm-eval says of the best checkpoint of each run of an arm, by task and seed: acc_norm, or acc where a task has none."""
+    from .evaluate.evaluate import evaluate
+
+    scores: dict[str, dict[str, Any]] = {task: {} for task in tasks}
+    for seed in seeds:
+        path = arm.path(out, seed)
+        if (path / "summary.json").is_file():  # else it diverged
+            for task, found in evaluate(
+                path, tasks=tasks, data=data, limit=limit, best=True, out=path / "evaluation_best"
+            )["tasks"].items():
+                (name, numbers), *_ = found["results"].items()
+                value = numbers.get("acc_norm", numbers.get("acc"))
+                scores[task][str(seed)] = {"value": value, "documents": found["documents"][name]}
+    return scores
+
+
+def _report(out: Path, missing: list[str]) -> dict[str, Any]:
+    """Write what a finished comparison says into its folder; `missing` are the controls that were not run."""
+    from .files import write_json, write_text
+    from .report.comparison import collect
+    from .report.page import write_page
+    from .report.tables import markdown
+
+    comparison = collect(out) | {"controls_not_run": missing}
+    write_json(out / "comparison.json", comparison)
+    write_page(comparison, out / "report.html")
+    write_text(out / "table.md", markdown(comparison))
+    return comparison
 
 
 @contextmanager
@@ -392,8 +575,8 @@ def _train(options: argparse.Namespace) -> None:
         from .training.run import Run, definite
 
         if options.resume:
-            given = [n for n in ("arm", "rule", "splitting", "corpus", "start", "config", "set") if getattr(options, n)]
-            if given:
+            names = ("arm", "rule", "splitting", "preset", "schedule", "corpus", "tokenizer", "start", "config", "set")
+            if given := [name for name in names if getattr(options, name)]:
                 raise UserError(f"a resumed run keeps its own {given[0]}; leave it out, or start a new run with --out.")
             run = Run(options.resume)
             base = run.config
@@ -410,7 +593,7 @@ def _train(options: argparse.Namespace) -> None:
                 rule, _, splitting = head.partition(":")
                 text = f"{options.rule or rule}:{options.splitting or splitting or 'auto'}{comma}{rest}"
                 arm = parse_arm(text, base)
-                made = world.lead(lambda: str(_corpus(options.corpus, options.out.parent, options.start, stop).path))
+                made = world.lead(lambda: str(_corpus(options, options.out.parent, stop).path))
                 corpus = Corpus(Path(made))
                 config, line = definite(arm.config, corpus)
                 world.lead(lambda: Run.create(options.out, config, corpus) and None)

@@ -52,6 +52,10 @@ class Arm:
     def slug(self) -> str:
         return re.sub(r"[^\w.=-]+", "_", self.name).strip("_")
 
+    def path(self, out: Path, seed: int) -> Path:
+        """The run directory of a seed in the comparison's folder."""
+        return out / "runs" / f"{self.slug}-seed{seed}"
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -181,7 +185,7 @@ def _run(
     with Meter("comparing", float(sum(cost[arm.name] for _, arm in runs))) as meter:
         for number, (seed, arm) in enumerate(runs, 1):
             label = f"[{number}/{len(runs)}] {arm.name}, seed {seed}"
-            path = out / "runs" / f"{arm.slug}-seed{seed}"
+            path = arm.path(out, seed)
             config = override(arm.config, {"training.seed": seed, "training.steps": steps[arm.name]})
             if world.lead(partial(_begun, path, config, corpus)):
                 meter.skip(cost[arm.name])
@@ -229,11 +233,11 @@ def _plan(
 ) -> dict[str, int]:
     """The steps of each arm; written down before the first run, and checked when the comparison goes on."""
     wanted = {
-        "arms": {arm.name: as_dict(arm.config) for arm in arms},
-        "seeds": list(seeds),
-        "budget": dataclasses.asdict(budget),
         "corpus": corpus.identity,
         "start": Run(Path(arms[0].config.start)).weights if arms[0].config.start else None,
+        "seeds": list(seeds),
+        "budget": dataclasses.asdict(budget),
+        "arms": {arm.name: as_dict(arm.config) for arm in arms},
         "rules": {arm.name: find_rule(arm.config.model.rule).sha256 for arm in arms},
     }
     file = out / "plan.json"
@@ -260,7 +264,7 @@ def _steps(arms: Sequence[Arm], budget: Budget, corpus: Corpus, out: Path, stop:
         case "flops":
             tokens = {arm.name: budget.amount / training_flops_per_token(arm.config.model) for arm in arms}
         case _:
-            tokens = {name: budget.amount * speed for name, speed in _speeds(arms, corpus, out, stop).items()}
+            tokens = {name: budget.amount * speed for name, speed in speeds(arms, corpus, out, stop).items()}
     steps = {a.name: round(tokens[a.name] / (a.config.training.batch * a.config.model.context)) for a in arms}
     for name, count in steps.items():
         if count < 1:
@@ -268,17 +272,21 @@ def _steps(arms: Sequence[Arm], budget: Budget, corpus: Corpus, out: Path, stop:
     return steps
 
 
-def _speeds(arms: Sequence[Arm], corpus: Corpus, out: Path, stop: Stop) -> dict[str, float]:
+def speeds(
+    arms: Sequence[Arm], corpus: Corpus, out: Path, stop: Stop,
+    steps: int = CALIBRATION_STEPS, rounds: int = CALIBRATION_ROUNDS,
+) -> dict[str, float]:  # fmt: skip
     """Tokens per second of each arm: the median of short runs that take turns."""
     path = out / CALIBRATION
-    changes = {"steps": CALIBRATION_STEPS, "evaluate_every": CALIBRATION_STEPS, "evaluate_sequences": 1}
+    changes = {"steps": steps, "evaluate_every": steps, "evaluate_sequences": 1}
     measured: dict[str, list[float]] = {arm.name: [] for arm in arms}
     try:
-        for _ in range(CALIBRATION_ROUNDS):
-            for arm in arms:
+        with Meter("calibrating", rounds * len(arms)) as meter:
+            for arm in [*arms] * rounds:
                 shutil.rmtree(path, ignore_errors=True)
                 short = override(arm.config, {f"training.{key}": value for key, value in changes.items()})
                 measured[arm.name].append(train(Run.create(path, short, corpus), stop)["tokens_per_second"])
+                meter.advance(1, arm.name)
     finally:
         shutil.rmtree(path, ignore_errors=True)
     return {name: statistics.median(speeds) for name, speeds in measured.items()}

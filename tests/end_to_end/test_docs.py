@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from yuriiformer.cli import main
+from yuriiformer.presets import TABLES
 from yuriiformer.report.scores import PAIRED, paired_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,12 +30,20 @@ TINY = [
 CUT = {
     "compare": TINY,
     "train": TINY,
+    "reproduce": ["--scale", "0.0003", "--corpus", "my_text.txt", "--tokenizer", "bpe:300", *TINY[:1], *TINY[2:]],
     "generate": ["--tokens", "5"],
     "theory": ["--only", "log_sum_exp", "commutator", "beyond_quadratics"],
 }
 
 # Each page whose commands run, and how many there are at least.
-PAGES = {"README.md": 8, "docs/evaluate.md": 6, "docs/export.md": 2, "docs/generate.md": 4, "docs/import.md": 5}
+PAGES = {
+    "README.md": 8,
+    "docs/evaluate.md": 6,
+    "docs/export.md": 2,
+    "docs/generate.md": 4,
+    "docs/import.md": 5,
+    "docs/reproduce.md": 5,
+}
 
 
 def blocks(language: str, page: str = "README.md") -> list[str]:
@@ -80,6 +89,20 @@ def test_the_paired_tests_of_the_evaluation_page_are_the_measured_ones():
     found = json.loads((ROOT / "results/evaluation/comparison.json").read_text())
     lines = [PAIRED, ("---",) * len(PAIRED), *paired_rows(found)]
     assert "".join(f"| {' | '.join(cells)} |\n" for cells in lines) in (ROOT / "docs/evaluate.md").read_text()
+
+
+def test_the_published_numbers_of_the_page_are_those_of_the_presets():
+    text = (ROOT / "docs/reproduce.md").read_text()
+    shown = re.findall(r"^### `(\w+)`: (.+)\n\n((?:\|.*\n)+)", text, re.MULTILINE)
+    for (name, title, lines), (key, table) in zip(shown, TABLES.items(), strict=True):
+        assert (name, title) == (key, table.title)
+        rows = [
+            (arm, *(str(n or "–") for n in (said.best, said.final)), said.source + f" ({said.note})" * bool(said.note))
+            for arm, published in table.rows.items()
+            for said in published
+        ]
+        cells = [("arm", "best", "final", "source"), ("---",) * 4, *rows]
+        assert lines == "".join(f"| {' | '.join(row)} |\n" for row in cells)
 
 
 @pytest.mark.parametrize("target", ["demo", "test", "setup"])

@@ -18,7 +18,7 @@ LAYERS = [
     ["data", "generate", "huggingface", "surgery", "theory"],
     ["training"],
     ["compare", "report", "export", "export_check", "importing"],
-    ["evaluate", "inspection"],
+    ["evaluate", "inspection", "reproduce"],
     ["cli"],
     ["__main__"],
 ]

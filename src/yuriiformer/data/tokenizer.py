@@ -38,6 +38,15 @@ def check_name(name: str) -> None:
         )
 
 
+def vocabulary_of(name: str) -> int:
+    """How many tokens the tokenizer of that name has, or at most will have where it is still to be trained."""
+    check_name(name)
+    if name.endswith(".json"):
+        return read_tokenizer(Path(name)).get_vocab_size()
+    kind, _, argument = name.partition(":")
+    return {"bytes": 257, "gpt2": 50_257}.get(kind) or int(argument)
+
+
 def make_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
     """The tokenizer of that name; `texts` is read only where one is trained."""
     check_name(name)

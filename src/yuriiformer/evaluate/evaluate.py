@@ -18,13 +18,13 @@ from .validation import Validation
 def evaluate(
     path: Path, *, tasks: Sequence[str] = (), data: Path | None = None, limit: int | None = None,
     shots: int | None = None, batch: int = 8, out: Path | None = None, unfinished: bool = False,
-    trust_remote_code: bool = False,
+    trust_remote_code: bool = False, best: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """The validation of a run, and lm-eval's tasks on its export or on a Hugging Face folder.
+    """The validation of a run (its newest checkpoint, or its best), and lm-eval's tasks on its export or on a Hugging Face folder.
 
     Raises UserError for what cannot be evaluated, before anything is written; Interrupted when stopped within a task.
     """
-    target, out = Target.at(path, unfinished), out or path / "evaluation"
+    target, out = Target.at(path, unfinished, best), out or path / "evaluation"
     if not tasks:
         if target.run is None:
             raise UserError(f"{path} is a Hugging Face folder: it has no validation text of its own. Name --tasks.")

@@ -27,7 +27,7 @@ class Target:
     run: Run | None
 
     @classmethod
-    def at(cls, path: Path, unfinished: bool = False) -> Target:
+    def at(cls, path: Path, unfinished: bool = False, best: bool = False) -> Target:
         """Raises UserError when there is neither, or half of one."""
         if not (path / "config.json").is_file():
             raise UserError(
@@ -38,7 +38,7 @@ class Target:
             if not any(file.suffix in WEIGHTS for file in path.iterdir()):
                 raise UserError(f"{path} is half a Hugging Face folder: it has a config.json and no weights.")
             return cls(path, None)
-        run = Run(path)
+        run = Run(path, best)
         run.require_complete(unfinished)
         return cls(path, run)
 

@@ -110,6 +110,27 @@ def differences(arms: list[dict[str, Any]], baseline: str) -> str:
     return _svg((7, 1.2 + 0.7 * len(arms)), draw)
 
 
+def gaps(rows: list[dict[str, Any]]) -> str:
+    """What each arm's best loss is below the baseline's: ours (filled) and as published (hollow)."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        others = [(i, row) for i, row in enumerate(rows) if row["best_minus_baseline"] is not None]
+        for place, (index, row) in enumerate(others):
+            said = [p["best_minus_baseline"] for p in row["published"] if p["best_minus_baseline"] is not None]
+            axes.plot(said, [place] * len(said), "o", color=color(index), mfc="none", ms=9, mew=1.5)
+            axes.plot(row["best_minus_baseline"], place, "D", color=color(index), ms=8)
+        axes.plot([], [], "D", color="#444444", label="ours")
+        axes.plot([], [], "o", color="#444444", mfc="none", label="published, one for each source")
+        axes.axvline(0, color="#444444", lw=1)
+        axes.set_yticks(range(len(others)), [row["arm"].replace(",", ",\n") for _, row in others])
+        axes.set_ylim(len(others) - 0.4, -0.6)
+        axes.set_xlabel("best validation loss minus the baseline's (nats)")
+        _legend_above(axes, 2)
+
+    return _svg((7, 1.5 + 0.6 * len(rows)), draw)
+
+
 def coefficients(arm: dict[str, Any]) -> str:
     """Learned coefficients along depth, a panel for each substep, a line for each seed."""
     layers = np.array([[[list(s.values()) for s in layer] for layer in run] for run in arm["coefficients"]])

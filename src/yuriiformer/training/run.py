@@ -36,9 +36,9 @@ from .device import describe, resolve
 MEASURED = ("seconds", "memory", "mfu")  # of metrics.jsonl: what differs when the same run is done again
 
 
-def padded_vocabulary(corpus: Corpus) -> int:
-    """The corpus's vocabulary, rounded up to 64 as nanoGPT pads 50,257 to 50,304."""
-    return -(-corpus.vocabulary // 64) * 64
+def padded_vocabulary(tokens: int) -> int:
+    """A tokenizer's vocabulary, rounded up to 64 as nanoGPT pads 50,257 to 50,304."""
+    return -(-tokens // 64) * 64
 
 
 def definite(config: Config, corpus: Corpus) -> tuple[Config, str]:
@@ -54,7 +54,7 @@ def definite(config: Config, corpus: Corpus) -> tuple[Config, str]:
             raise UserError(f"training.{key} must be a number that is not negative; got {value}.")
     model = config.model
     if model.vocabulary == 0:
-        model = dataclasses.replace(model, vocabulary=padded_vocabulary(corpus))
+        model = dataclasses.replace(model, vocabulary=padded_vocabulary(corpus.vocabulary))
     if model.vocabulary < corpus.vocabulary:
         raise UserError(
             f"model.vocabulary is {model.vocabulary}; the corpus {corpus.path} has {corpus.vocabulary} tokens."
