@@ -10,14 +10,14 @@ from yuriiformer.rule import all_rules
 ROOT = Path(yuriiformer.__file__).parent
 LAYERS = [
     ["errors", "signals"],
-    ["config", "files", "flatten", "rule"],
+    ["config", "files", "flatten", "machine", "rule"],
     ["rules", "splitting", "presets", "progress", "tied"],
     ["oracle"],
     ["cache"],
     ["model"],
     ["data", "generate", "huggingface", "surgery", "theory"],
     ["training"],
-    ["compare", "report", "export", "export_check", "importing"],
+    ["bench", "compare", "report", "export", "export_check", "importing"],
     ["evaluate", "inspection", "reproduce"],
     ["cli"],
     ["__main__"],

@@ -43,16 +43,17 @@ def estimate(config: Config, micro_batch: int, ranks: int = 1) -> dict[str, int]
     moments = 8 * parameters - (4 * in_matrices if training.optimizer == "muon" else 0)
     shards = ranks if training.parallel == "fsdp" else 1
     gathered = 0 if shards == 1 else 8 * _numel(list(built.layers[0].parameters()))  # a layer, and the next one's
-    # Logits that stand at the same time: in bf16 compiled they and their gradient; eager: three of fp32.
-    logits = model.vocabulary * (min(tokens, training.loss_chunk or tokens)) * (12 if not compiled else 4 if half else 8)
+    # Bytes a logit: eager, three copies in fp32 stand at the same time; compiled, the gradient takes the logits' place.
+    logits = model.vocabulary * min(tokens, training.loss_chunk or tokens) * (12 if not compiled else 2 if half else 4)
+    table = model.vocabulary * model.width
     parts = {
         "weights": 4 * parameters // shards + gathered,
         "gradients": 4 * parameters // shards,
         "optimiser": moments // shards,
-        "copies in bf16": 2 * (in_matrices + model.vocabulary * model.width) if half else 0,
+        "copies in bf16": 2 * (in_matrices + table) if half else 0,
         "activations": model.layers * micro_batch * min(kept, plain),
         "velocity": model.layers * micro_batch * max(0, kept - plain),
-        "logits": logits + (8 * model.vocabulary * model.width if training.loss_chunk else 0),
+        "logits": logits + table * ((8 if training.loss_chunk else 0) + (2 if half else 4)),
     }
     if training.optimizer == "muon":  # its updates and one batch of matrices, when the activations are gone
         shapes = Counter(tuple(sorted(m.shape)) for m in matrices)
