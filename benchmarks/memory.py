@@ -44,19 +44,15 @@ VARIANTS = [
 def cases(device: str) -> list[tuple[str, Config]]:
     found = []
     for name, (layers, heads, width, context, vocabulary, micro) in SIZES[device].items():
-        for rule in ("gradient_descent", "nesterov", "verlet"):
+        for rule in ("gradient_descent", "nesterov"):
             model = ModelConfig(
                 rule=rule, layers=layers, heads=heads, width=width, context=context, vocabulary=vocabulary
             )
             training = TrainingConfig(device=device, batch=2 * micro, micro_batch=micro)
             for changes in VARIANTS:
-                found.append((f"{name}, {rule}, {', '.join(changes.values()) if False else label(changes)}",
-                              override(Config(model=model, training=training), changes)))  # fmt: skip
+                label = ", ".join(f"{key.split('.')[1]}={value}" for key, value in changes.items())
+                found.append((f"{name}, {rule}, {label}", override(Config(model=model, training=training), changes)))
     return found
-
-
-def label(changes: dict) -> str:
-    return ", ".join(f"{key.split('.')[1]}={value}" for key, value in changes.items())
 
 
 def resident(field: str) -> int:
@@ -65,7 +61,7 @@ def resident(field: str) -> int:
 
 def measure(config: Config) -> int:
     """Peak bytes of a step: the weights and optimiser states, counted, and what a step needs beside them, measured."""
-    training, line = resolve(config.training, config.model)
+    training, _ = resolve(config.training, config.model)
     model = LanguageModel(config.model)
     stepper = Stepper(model, training, World(), Stop(), print)
     ids = torch.randint(config.model.vocabulary, (training.batch, config.model.context), device=stepper.device)
@@ -90,6 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", choices=SIZES, default="cpu")
     parser.add_argument("--only", default="", help="cases whose name has this")
+    parser.add_argument("--out", help="- prints; default results/memory.json, or memory_cuda.json")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     found = dict(cases(options.device))
@@ -110,12 +107,17 @@ def main() -> None:
         training, _ = resolve(config.training, config.model)
         parts = estimate(Config(model=config.model, training=training), training.micro_batch)
         peak, estimated = int(out.stdout.split()[-1]), sum(parts.values())
-        rows.append({"case": name, "peak": peak, "estimate": estimated, "ratio": round(estimated / peak, 3), "parts": parts})
-        print(f"{name}: peak {peak / 1e6:.0f} MB, estimated {estimated / 1e6:.0f} MB, {estimated / peak:.3f}", flush=True)
-    result = {"machine": describe(options.device), "command": " ".join(["python", "benchmarks/memory.py", *sys.argv[1:]]), "rows": rows}
-    if not options.only:
-        name = "memory.json" if options.device == "cpu" else "memory_cuda.json"
-        Path("results", name).write_text(json.dumps(result, indent=1) + "\n")
+        rows.append(
+            {"case": name, "peak": peak, "estimate": estimated, "ratio": round(estimated / peak, 3), "parts": parts}
+        )
+        print(f"{name}: peak {peak / 1e6:.0f} MB, {estimated / peak:.3f}", file=sys.stderr, flush=True)
+    command = " ".join(["python", "benchmarks/memory.py", *sys.argv[1:]])
+    text = json.dumps({"machine": describe(options.device), "command": command, "rows": rows}, indent=1)
+    if options.out == "-":
+        print(text)
+    else:
+        default = "results/memory.json" if options.device == "cpu" else "results/memory_cuda.json"
+        Path(options.out or default).write_text(text + "\n")
 
 
 if __name__ == "__main__":

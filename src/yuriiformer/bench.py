@@ -75,10 +75,12 @@ def bench(
 
     tokens = training.batch * model.context
     rows = {
-        name: _row(name, configs.get(name, first), seconds, times, tokens, copied, peaks)
-        | {"sequences_a_pass": contestants[name].micro}
+        name: _row(configs.get(name, first), seconds, tokens)
+        | {"peak_bytes": peaks.get(name), "sequences_a_pass": contestants[name].micro}
+        | _beside(seconds, next(iter(times.values())))
         for name, seconds in times.items()
     }
+    _beyond(configs, rows, tokens, copied)
     shape = (SEQUENCES, model.heads, model.context, model.width // model.heads, training.precision, device)
     return {
         "machine": machine,
@@ -112,36 +114,46 @@ def _definite(arms: Mapping[str, Config], tell: Tell) -> dict[str, Config]:
     }
 
 
-def _row(
-    name: str, config: Config, seconds: list[float], times: Mapping[str, list[float]], tokens: int, copied: float,
-    peaks: Mapping[str, int],
-) -> dict[str, Any]:  # fmt: skip
-    base_name, base = next(iter(times.items()))
-    median = float(np.median(seconds))
+def _row(config: Config, seconds: list[float], tokens: int) -> dict[str, Any]:
+    times, training = np.array(seconds), config.training
+    median = float(np.median(times))
     flops = training_flops_per_token(config.model) * tokens / median
-    peak = peak_flops(str(describe(config.training.device)["device"]), config.training.precision)
-    row: dict[str, Any] = {
+    peak = peak_flops(str(describe(training.device)["device"]), training.precision)
+    return {
         "median_seconds": median,
-        "interval": _interval(lambda chosen: np.median(np.array(seconds)[chosen], axis=1), len(seconds)),
-        "tenth_to_ninth_decile": [float(q) for q in np.quantile(seconds, [0.1, 0.9])],
+        "interval": _interval(lambda chosen: np.median(times[chosen], axis=1), len(times)),
+        "first_and_ninth_decile": [float(q) for q in np.quantile(times, [0.1, 0.9])],
         "tokens_per_second": tokens / median,
         "flops": flops,
         "mfu": peak and flops / peak,
-        "peak_bytes": peaks.get(name),
+        "estimated_bytes": estimate(config, training.micro_batch),
     }
-    if name != THEIRS:
-        row["estimated_bytes"] = estimate(config, config.training.micro_batch)
-    if name != base_name:
-        row["ratio"] = median / float(np.median(base))
-        row["ratio_interval"] = _interval(
-            lambda c: np.median(np.array(seconds)[c], axis=1) / np.median(np.array(base)[c], axis=1), len(seconds)
-        )
-        if (floor := velocity_bytes(config.model, config.training)) is not None:
-            row["velocity_bytes_per_token"] = {
-                "floor": floor,
-                "as_copies_in_the_time_beyond_the_first_arm": (median - float(np.median(base))) / tokens * copied,
-            }
-    return row
+
+
+def _beside(seconds: list[float], first: list[float]) -> dict[str, Any]:
+    """The ratio of median steps, with its interval."""
+    mine, base = np.array(seconds), np.array(first)
+    if seconds is first:
+        return {}
+    return {
+        "ratio": float(np.median(mine) / np.median(base)),
+        "ratio_interval": _interval(lambda c: np.median(mine[c], axis=1) / np.median(base[c], axis=1), len(mine)),
+    }
+
+
+def _beyond(configs: Mapping[str, Config], rows: Mapping[str, Any], tokens: int, copied: float) -> None:
+    """What a second stream must move, beside what could be copied in the time that its arm takes beyond the first one.
+
+    Where the first arm has one stream and nothing but the rule differs.
+    """
+    first, *others = configs
+    for name in others:
+        config, base = configs[name], configs[first]
+        floor = velocity_bytes(config.model, config.training)
+        if floor is None or config.training != base.training or len(find_rule(base.model.rule).streams) > 1:
+            continue
+        beyond = rows[name]["median_seconds"] - rows[first]["median_seconds"]
+        rows[name]["velocity_bytes_per_token"] = {"floor": floor, "copied_in_the_time": beyond / tokens * copied}
 
 
 def _interval(statistic: Callable[[Any], Any], count: int) -> list[float]:

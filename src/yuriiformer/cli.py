@@ -219,7 +219,9 @@ def _parser() -> Parser:
     sub.add_argument("--out", type=Path, default=Path("runs/theory"), metavar="DIR", help="default: runs/theory")
     sub.add_argument("--json", action="store_true", help="print theory.json; everything else goes to standard error")
 
-    sub = command("bench", _bench, "time training steps of arms that take turns; random tokens, no text", presets.ARM_HELP)
+    sub = command(
+        "bench", _bench, "time training steps of arms that take turns; random tokens, no text", presets.ARM_HELP
+    )
     sub.add_argument("arms", nargs="*", metavar="ARM", help="the first is what the others are set beside")
     sub.add_argument("--preset", metavar="NAME", help=f"sizes and recipe: {', '.join(presets.PRESETS)}; default demo")
     sub.add_argument("--steps", type=int, default=100, metavar="N", help="timed steps of each arm; default 100")
@@ -848,12 +850,12 @@ def _bench(options: argparse.Namespace) -> None:
         raise UserError(f"the folder of --out {options.out} does not exist.")
     base = _base(options)
 
-    from .compare import parse_arm
+    from .compare import SHARED, parse_arm
     from .progress import Meter, console
     from .report.bench import show
 
     names = options.arms or [presets.BASELINE, presets.DEMO_ARMS[-1]]
-    arms = {name: parse_arm(name, base).config for name in names}
+    arms = {name: parse_arm(name, base, SHARED - {"precision", "compile", "loss_chunk"}).config for name in names}
     with _extra("huggingface"), Meter("timing", options.steps + options.warm_up) as meter:
         from .bench import bench
 

@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -65,7 +65,7 @@ class Budget:
     amount: float
 
 
-def parse_arm(text: str, base: Config) -> Arm:
+def parse_arm(text: str, base: Config, shared: Collection[str] = SHARED) -> Arm:
     """`RULE[:SPLITTING][,KEY=VALUE ...]` over a base config.
 
     A key is a field of the model or of the training, an option or a coefficient of the rule. With a start run, the
@@ -86,7 +86,7 @@ def parse_arm(text: str, base: Config) -> Arm:
         key, equals, value = assignment.partition("=")
         if not equals:
             raise UserError(f"arm {text!r}: {assignment!r} must be KEY=VALUE.")
-        if key in SHARED:
+        if key in shared:
             section = "model" if key in flat_keys(ModelConfig) else "training"
             raise UserError(f"arm {text!r}: {key} is the same for all arms; give it as --set {section}.{key}={value}")
         if key in flat_keys(ModelConfig):

@@ -67,7 +67,9 @@ class Substep(nn.Module):
     def forward(self, streams: Streams, *oracles: object) -> Streams:
         norm = () if self.norm is None else (self.norm,)
         moved = as_streams(self.rule(*streams, *oracles, *norm, **self.coefficients(), **self.options))
-        return tuple(new.to(old.dtype) for new, old in zip(moved, streams, strict=True))  # autocast's norms answer in fp32
+        return tuple(
+            new.to(old.dtype) for new, old in zip(moved, streams, strict=True)
+        )  # autocast's norms answer in fp32
 
 
 def _initial_values(rule: Rule, config: ModelConfig, layer: int) -> dict[str, float]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..config import Config, as_dict, from_dict, override
 from ..errors import EnvironmentFault
 from ..machine import memory_free
-from ..model import Layer, LanguageModel
+from ..model import LanguageModel, Layer
 from ..presets import BASELINE
 from ..rule import find_rule
 from ..splitting import find_splitting
@@ -85,7 +85,11 @@ def _kept(config: str) -> int:
         return tensor
 
     # The partition into what is kept and what is computed again is the compiler's own, without its code generation.
-    run = torch.compile(layer, backend="aot_eager_decomp_partition", dynamic=False) if training.compile == "yes" else layer
+    run = (
+        torch.compile(layer, backend="aot_eager_decomp_partition", dynamic=False)
+        if training.compile == "yes"
+        else layer
+    )
     streams = tuple(
         torch.zeros(1, model.context, model.width, device=device, dtype=dtype, requires_grad=True) for _ in rule.streams
     )
