@@ -53,7 +53,7 @@ def bench(
     peaks: dict[str, int] = {}
 
     with attention(training.attention):
-        contestants = {
+        contestants: dict[str, Stepper | TheirStepper] = {
             name: Stepper(LanguageModel(config.model), config.training, World(), Stop(), tell)
             for name, config in configs.items()
         }
@@ -189,9 +189,15 @@ class TheirStepper:
         model, training = config.model, config.training
         self.device, self.micro = training.device, training.micro_batch
         self.half = training.device == "cuda" and training.precision == "bf16"
-        sizes = {"n_embd": model.width, "n_layer": model.layers, "n_head": model.heads, "n_positions": model.context}
-        quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
-        self.model = GPT2LMHeadModel(GPT2Config(vocab_size=model.vocabulary, **sizes, **quiet)).to(self.device)
+        sizes: dict[str, Any] = {
+            "n_embd": model.width,
+            "n_layer": model.layers,
+            "n_head": model.heads,
+            "n_positions": model.context,
+        }
+        sizes |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
+        self.model = GPT2LMHeadModel(GPT2Config(vocab_size=model.vocabulary, **sizes))
+        self.model.to(torch.device(self.device))  # type: ignore[arg-type]
         self.optimizers = [torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)]
         tell(f"{THEIRS}: {'bf16' if self.half else 'fp32'}, AdamW, eager")
 

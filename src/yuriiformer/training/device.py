@@ -63,7 +63,7 @@ def resolve(config: TrainingConfig, model: ModelConfig | None = None) -> tuple[T
         raise UserError(f"training.streams=bf16 needs training.precision=bf16, which is {precision} here.")
     line = f"{device}, {precision}, {'compiled' if compile_ == 'yes' else 'eager'}{why}"
 
-    attention = config.attention
+    attention: str = config.attention
     if model and device == "cuda" and attention == "auto":
         width = model.width // model.heads
         timed = attention_seconds(SEQUENCES, model.heads, model.context, width, precision, device)

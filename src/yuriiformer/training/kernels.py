@@ -53,7 +53,8 @@ def attention(kernel: str) -> Iterator[None]:
     names = list(ATTENTION)
     allowed = [ATTENTION[name] for name in names[names.index(kernel) :]]
     tag = f"{torch.compiler.config.cache_key_tag} attention={kernel}"
-    with sdpa_kernel(allowed, set_priority=True), torch.compiler.config.patch(cache_key_tag=tag):
+    tagged = torch.compiler.config.patch(cache_key_tag=tag)  # type: ignore[attr-defined]
+    with sdpa_kernel(allowed, set_priority=True), tagged:
         yield
 
 
@@ -99,7 +100,7 @@ class ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, chunk: int, piece: Callable[..., Any], hidden: Tensor, table: Tensor, targets: Tensor
     ) -> Tensor:
         kind, rows, ids = hidden.device.type, hidden.flatten(0, -2), targets.flatten()
@@ -117,7 +118,7 @@ class ChunkedLoss(torch.autograd.Function):
         return loss / len(ids)
 
     @staticmethod
-    def backward(ctx: Any, factor: Tensor) -> tuple[None, None, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, factor: Tensor) -> tuple[None, None, Tensor, Tensor, None]:
         to_rows, to_table = ctx.saved_tensors
         factor = factor / ctx.count
         return None, None, to_rows * factor, to_table * factor, None
