@@ -15,9 +15,9 @@ class Guard:
 
     def __init__(self, spike: float, mean: float, count: int, skipped: int, device: torch.device) -> None:
         self.spike = spike
-        # Steps counted for the mean, the mean, steps refused in all, steps refused in a row.
-        self.count, self.mean, self.skipped, self.row = (
-            torch.tensor(float(value), device=device) for value in (count, mean, skipped, 0)
+        # Steps counted for the mean, the mean, steps refused in all, in a row until now, and in the longest row.
+        self.count, self.mean, self.skipped, self.row, self.longest = (
+            torch.tensor(float(value), device=device) for value in (count, mean, skipped, 0, 0)
         )
 
     def refuses(self, loss: Tensor, norm: Tensor) -> Tensor:
@@ -30,6 +30,7 @@ class Guard:
         self.mean = torch.where(bad, self.mean, self.mean + (norm - self.mean) / self.count)
         self.skipped = self.skipped + bad
         self.row = (self.row + 1) * bad
+        self.longest = torch.maximum(self.longest, self.row)
         return bad.float()
 
     def numbers(self) -> tuple[float, int, int]:

@@ -147,7 +147,7 @@ def _train(run: Run, stop: Stop, observe: Observer, world: World) -> dict[str, A
                 warn(warning)
             if poisoned:
                 raise Unstable(poisoned)
-            if stepper.guard.row.item() >= PATIENCE:
+            if stepper.guard.longest.item() >= PATIENCE:
                 raise Unstable(f"{PATIENCE} steps in a row until step {done} had a loss or gradient beyond reason")
             measured = None
             if log:
@@ -172,7 +172,8 @@ def _train(run: Run, stop: Stop, observe: Observer, world: World) -> dict[str, A
                 observe(record)
             if done % LOG_EVERY == 0:
                 losses.zero_()
-            if due:
+            # Amid refused steps nothing is saved: what training may have to go back to comes before them.
+            if last or (due and not stepper.guard.row.item()):
                 save(writer, done, measured)
                 saved = done
             started = synchronised_time()
