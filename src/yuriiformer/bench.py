@@ -77,6 +77,7 @@ def bench(
     rows = {
         name: _row(configs.get(name, first), seconds, tokens)
         | {"peak_bytes": peaks.get(name), "sequences_a_pass": contestants[name].micro}
+        | {"step_bytes": peaks[name] - _standing(contestants[name]) if name in peaks else None}
         | _beside(seconds, next(iter(times.values())))
         for name, seconds in times.items()
     }
@@ -106,8 +107,12 @@ def _definite(arms: Mapping[str, Config], tell: Tell) -> dict[str, Config]:
         found[name] = Config(model=model, training=training)
         if len(found) == 1:
             tell(line)
-    fitting = {name: config.training.micro_batch or fit(config)[0] for name, config in found.items()}
-    micro = min(fitting.values())
+    fitting = []
+    for name, config in found.items():
+        micro, line = fit(config)
+        fitting.append(config.training.micro_batch or micro)
+        tell(f"{name}: {line}")
+    micro = min(fitting)
     return {
         name: dataclasses.replace(config, training=dataclasses.replace(config.training, micro_batch=micro))
         for name, config in found.items()

@@ -8,7 +8,7 @@ HEAD = ("arm", "median step (ms)", "95 %", "tokens/s", "MFU", "peak memory (GB)"
 
 
 def rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
-    table = []
+    table: list[tuple[str, ...]] = []
     for name, arm in found["arms"].items():
         low, high = arm["interval"]
         speed = f"{arm['tokens_per_second']:,.0f}"
@@ -32,7 +32,13 @@ def says(found: dict[str, Any]) -> list[str]:
         "attention forward and backward: "
         + ", ".join(f"{name} {1000 * seconds:.2f} ms" for name, seconds in found["attention_seconds"].items()),
     ]
+    first = next(iter(found["arms"].values()))
     for name, arm in found["arms"].items():
+        if arm["step_bytes"]:
+            lines.append(
+                f"{name}: a step needs {arm['step_bytes'] / 1e9:.2f} GB beside weights and optimiser states, "
+                f"{arm['step_bytes'] / first['step_bytes'] - 1:+.1%} of the first arm's"
+            )
         if extra := arm.get("velocity_bytes_per_token"):
             floor, spent = extra.values()
             lines.append(

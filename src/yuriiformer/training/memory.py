@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import Config, as_dict, from_dict, override
+from ..config import Config, ModelConfig, TrainingConfig, as_dict, from_dict, override
 from ..errors import EnvironmentFault
 from ..machine import memory_free
 from ..model import LanguageModel, Layer
@@ -39,7 +39,7 @@ def estimate(config: Config, micro_batch: int, ranks: int = 1) -> dict[str, int]
     half, compiled = training.precision == "bf16", training.compile == "yes"
     tokens = micro_batch * model.context
     baseline = replace(model, rule=BASELINE, splitting="auto", options={}, values={})
-    kept, plain = (_kept(json.dumps(as_dict(replace(config, model=m)))) for m in (model, baseline))
+    kept, plain = (_kept(_what_decides(config, m)) for m in (model, baseline))
     moments = 8 * parameters - (4 * in_matrices if training.optimizer == "muon" else 0)
     shards = ranks if training.parallel == "fsdp" else 1
     gathered = 0 if shards == 1 else 8 * _numel(list(built.layers[0].parameters()))  # a layer, and the next one's
@@ -65,6 +65,13 @@ def estimate(config: Config, micro_batch: int, ranks: int = 1) -> dict[str, int]
 
 def _numel(tensors: list[Tensor]) -> int:
     return sum(t.numel() for t in tensors)
+
+
+def _what_decides(config: Config, model: ModelConfig) -> str:
+    """The part of a config that a layer's memory depends on, as text: the seeds of an arm ask once."""
+    t = config.training
+    training = TrainingConfig(device=t.device, precision=t.precision, compile=t.compile, streams=t.streams)
+    return json.dumps(as_dict(Config(model=replace(model, layers=1, vocabulary=1), training=training)))
 
 
 @cache
