@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from .compare import Arm
     from .data.corpus import Corpus
+    from .engines import Engine
     from .theory import Subject
 
 
@@ -93,6 +94,7 @@ def _parser() -> Parser:
         help="default: runs/demo; an unfinished comparison there goes on",
     )
     _recipe_arguments(sub)
+    _engine_arguments(sub)
     sub.add_argument(
         "--json", action="store_true", help="print comparison.json; everything else goes to standard error"
     )
@@ -104,6 +106,14 @@ def _parser() -> Parser:
     sub.add_argument("--rule", metavar="NAME|FILE.py", help="the same as naming it as ARM")
     sub.add_argument("--splitting", metavar="NAME", help="the same as ARM:NAME")
     _recipe_arguments(sub)
+    _track_argument(sub)
+
+    sub = command(
+        "status", _status, "say how a run or a comparison stands: running, stopped or dead, and what to do next"
+    )
+    sub.add_argument("directory", type=Path, metavar="DIR", help="a run's directory, or a comparison's")
+    sub.add_argument("--verify", action="store_true", help="also read every checkpoint and compare its checksums")
+    sub.add_argument("--json", action="store_true")
 
     sub = command(
         "reproduce",
@@ -126,6 +136,7 @@ def _parser() -> Parser:
     sub.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
     sub.add_argument("--out", type=Path, metavar="DIR", help="default: runs/reproduce/TABLE")
     _change_arguments(sub)
+    _engine_arguments(sub)
     sub.set_defaults(start=None, config=None, schedule=None)
     sub.add_argument(
         "--json", action="store_true", help="print reproduction.json, or the plan; all else: standard error"
@@ -272,6 +283,20 @@ def _change_arguments(sub: Parser) -> None:
     )
 
 
+def _engine_arguments(sub: Parser) -> None:
+    sub.add_argument(
+        "--engine", default="local", metavar="NAME", help="local: one run after another; ray: many at once on a cluster"
+    )
+    sub.add_argument(
+        "--workers", type=int, metavar="N", help="runs at once with --engine ray; default one a GPU, or one a core"
+    )
+    _track_argument(sub)
+
+
+def _track_argument(sub: Parser) -> None:
+    sub.add_argument("--track", default="", metavar="NAME,...", help="also show it in tensorboard, trackio, wandb")
+
+
 def _keys() -> str:
     lines = ["config keys:"]
     demo = presets.demo()
@@ -412,6 +437,11 @@ def _compare(options: argparse.Namespace) -> None:
     from .report.tables import show
     from .training.distributed import joined
 
+    engine = _engine(options)
+    if options.engine != "local" and options.seconds is not None:
+        raise UserError(
+            "--seconds is measured on this machine, and --engine ray trains elsewhere; give --tokens or --flops."
+        )
     training = base.training
     if given and not 0 < given[0][1] < math.inf:
         raise UserError(f"--{given[0][0]} must be a positive number; got {given[0][1]:g}.")
@@ -424,7 +454,7 @@ def _compare(options: argparse.Namespace) -> None:
     with Stop().on_signals() as stop, _go_on("The same command goes on."), joined(training.device) as world:
         made = world.lead(lambda: str(_corpus(options, options.out, stop).path))
         corpus = Corpus(Path(made))
-        compare(arms, seeds, Budget(kind, amount), corpus, options.out, options.command, stop, world)
+        compare(arms, seeds, Budget(kind, amount), corpus, options.out, options.command, stop, world, engine)
     if not world.leads:
         return
 
@@ -435,6 +465,13 @@ def _compare(options: argparse.Namespace) -> None:
     console.print(f"Look at {options.out / 'report.html'}", soft_wrap=True)
     if options.json:
         print(json.dumps(comparison))
+
+
+def _engine(options: argparse.Namespace) -> Engine:
+    from .engines import find_engine
+    from .tracking import chosen
+
+    return find_engine(options.engine, options.workers, chosen(options.track))
 
 
 def _reproduce(options: argparse.Namespace) -> None:
@@ -494,6 +531,7 @@ def _reproduce(options: argparse.Namespace) -> None:
                 read(tasks, None, options.data, out / "tasks")
             return str((corpus or _corpus(options, out, stop)).path)
 
+        engine = _engine(options)
         with joined(asked.training.device) as world:
             if world.size > 1 and options.calibrate:
                 raise UserError("--calibrate measures one process; leave it out.")
@@ -502,7 +540,7 @@ def _reproduce(options: argparse.Namespace) -> None:
             corpus = Corpus(Path(made))
             training, context = asked.training, asked.model.context
             budget = Budget("tokens", training.steps * training.batch * context)
-            compare(arms(corpus), seeds, budget, corpus, out, options.command, stop, world)
+            compare(arms(corpus), seeds, budget, corpus, out, options.command, stop, world, engine)
     if not world.leads:
         return
 
@@ -581,12 +619,16 @@ def _train(options: argparse.Namespace) -> None:
     if not (options.resume or options.out):
         raise UserError("where to? Give --out DIR for a new run or --resume DIR for an old one.")
     with Stop().on_signals() as stop:  # from here on, while the libraries load
-        from .compare import parse_arm, train_with_meter
+        from .compare import parse_arm
         from .data.corpus import Corpus
-        from .progress import Meter
+        from .engines import Follower, Job, told
+        from .progress import Meter, console
+        from .tracking import chosen
         from .training.distributed import joined
+        from .training.loop import train
         from .training.run import Run, definite
 
+        track = chosen(options.track)
         if options.resume:
             names = ("arm", "rule", "splitting", "preset", "schedule", "corpus", "tokenizer", "start", "config", "set")
             if given := [name for name in names if getattr(options, name)]:
@@ -609,12 +651,41 @@ def _train(options: argparse.Namespace) -> None:
                 made = world.lead(lambda: str(_corpus(options, options.out.parent, stop).path))
                 corpus = Corpus(Path(made))
                 config, line = definite(arm.config, corpus)
-                world.lead(lambda: Run.create(options.out, config, corpus) and None)
+                done = world.lead(lambda: _begun(options.out, config, corpus))
                 run = Run(options.out)
-            with Meter("training", run.config.training.steps) as meter:
+                if done:
+                    console.print(f"{run.path} is complete.", soft_wrap=True)
+                    return
+            job = Job(run.path, run.config, run.config.model.rule)
+            with Meter("training", job.flops) as meter, Follower(job, meter, track) as follower:
                 meter.line(line)
-                train_with_meter(run, meter, run.config.model.rule, 1, stop, world)
+                follower.shown.finish(told(train(run, stop, follower.observe, world)))
                 meter.line(f"Generate with: yuriiformer generate {run.path} --prompt '...'")
+
+
+def _begun(out: Path, config: Config, corpus: Corpus) -> bool:
+    """Make the run, or go on with the same one, as a launcher that starts its command again wants it; whether it is
+    complete. Raises UserError when something else is there."""
+    from .training.run import Run
+
+    same = (out / "config.json").is_file() and Run(out).config == config
+    run = Run(out) if same else Run.create(out, config, corpus)
+    return run.complete
+
+
+def _status(options: argparse.Namespace) -> None:
+    from .report.status import show, status
+
+    found = status(options.directory, verify=options.verify)
+    if options.json:
+        print(json.dumps(found))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 170)
+    show(found, console)
 
 
 def _import(options: argparse.Namespace) -> None:

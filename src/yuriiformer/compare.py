@@ -13,12 +13,12 @@ import statistics
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .config import Config, ModelConfig, TrainingConfig, as_dict, flat_keys, override, parse
 from .data.corpus import Corpus
+from .engines import Engine, Job, local
 from .errors import UserError, unknown
 from .files import lock, read_json, write_json
 from .model import training_flops_per_token
@@ -28,7 +28,7 @@ from .rule import find_rule
 from .signals import Stop
 from .surgery import operate
 from .training.distributed import World
-from .training.loop import Diverged, train
+from .training.loop import train
 from .training.run import Run, definite
 
 CALIBRATION_STEPS, CALIBRATION_ROUNDS = 40, 3
@@ -37,7 +37,6 @@ SHARED = {
     "steps", "batch", "micro_batch", "seed", "evaluate_every", "evaluate_sequences", "checkpoint_every", "keep",
     "keep_best", "parallel", "device", "precision", "compile", "attention", "loss_chunk", "context", "vocabulary",
 }  # fmt: skip
-DIVERGED = "diverged.json"
 CALIBRATION = "calibration"  # a folder for short runs that are thrown away
 
 
@@ -139,10 +138,11 @@ def compare(
     command: str,
     stop: Stop,
     world: World,
+    engine: Engine = local,
 ) -> None:
     """Train every arm with every seed into `out`, or what is missing of it. The first arm is the baseline.
 
-    The processes of a world train one run after the other together.
+    The processes of a world train one run after the other together; another engine has processes of its own.
 
     Raises UserError when `out` holds another comparison, Interrupted (everything saved) when asked to stop.
     """
@@ -160,7 +160,7 @@ def compare(
     with ExitStack() as held:
         world.lead(lambda: held.enter_context(_held(out)))
         steps = world.lead(lambda: _plan(arms, seeds, budget, corpus, out, command, stop))
-        _run(arms, seeds, steps, corpus, out, stop, world)
+        _run(arms, seeds, steps, out, stop, world, engine)
 
 
 @contextmanager
@@ -174,58 +174,26 @@ def _run(
     arms: Sequence[Arm],
     seeds: Sequence[int],
     steps: dict[str, int],
-    corpus: Corpus,
     out: Path,
     stop: Stop,
     world: World,
+    engine: Engine,
 ) -> None:
     """Train what is missing, seed by seed, so that an early look has every arm."""
     runs = [(seed, arm) for seed in seeds for arm in arms]
-    cost = {arm.name: steps[arm.name] * training_flops_per_token(arm.config.model) for arm in arms}
-    with Meter("comparing", float(sum(cost[arm.name] for _, arm in runs))) as meter:
-        for number, (seed, arm) in enumerate(runs, 1):
-            label = f"[{number}/{len(runs)}] {arm.name}, seed {seed}"
-            path = arm.path(out, seed)
-            config = override(arm.config, {"training.seed": seed, "training.steps": steps[arm.name]})
-            if world.lead(partial(_begun, path, config, corpus)):
-                meter.skip(cost[arm.name])
-                continue
-            try:
-                train_with_meter(Run(path), meter, label, cost[arm.name] / config.training.steps, stop, world)
-            except Diverged as error:  # a result, too: the other arms go on
-                if world.leads:
-                    write_json(path / DIVERGED, {"message": str(error)})
-                meter.line(str(error))
-
-
-def _begun(path: Path, config: Config, corpus: Corpus) -> bool:
-    """Make the run directory where there is none; whether the run has ended."""
-    run = Run(path) if path.exists() else Run.create(path, config, corpus)
-    return run.complete or (path / DIVERGED).is_file()
-
-
-def train_with_meter(run: Run, meter: Meter, label: str, work_per_step: float, stop: Stop, world: World) -> None:
-    """Train a run and show how it goes; a step counts `work_per_step` on the meter."""
-    at, validation = run.step, ""
-    meter.skip(at * work_per_step)
-
-    def observe(record: dict[str, Any]) -> None:
-        nonlocal at, validation
-        if "warning" in record:
-            meter.line(f"warning: {record['warning']}")
-            return
-        if "validation" in record:
-            validation = f", validation {record['validation']:.3f}"
-        speed = record["tokens"] / record["seconds"]
-        text = f"step {record['step']}/{run.config.training.steps}, loss {record['loss']:.3f}{validation}, {speed:,.0f} tokens/s"
-        meter.advance((record["step"] - at) * work_per_step, f"{label}: {text}")
-        at = record["step"]
-
-    summary = train(run, stop, observe, world)
-    meter.line(
-        f"{label}: validation {summary['final_validation']:.4f} after {summary['steps']} steps, "
-        f"{summary['seconds']:.0f} s, {summary['tokens_per_second']:,.0f} tokens/s"
-    )
+    jobs = [
+        Job(
+            arm.path(out, seed),
+            override(arm.config, {"training.seed": seed, "training.steps": steps[arm.name]}),
+            f"[{number}/{len(runs)}] {arm.name}, seed {seed}",
+        )
+        for number, (seed, arm) in enumerate(runs, 1)
+    ]
+    finished = world.lead(lambda: [job.finished for job in jobs])
+    with Meter("comparing", sum(job.flops for job in jobs)) as meter:
+        meter.skip(sum(job.flops for job, done in zip(jobs, finished, strict=True) if done))
+        if missing := [job for job, done in zip(jobs, finished, strict=True) if not done]:
+            engine(missing, meter, stop, world)
 
 
 def _plan(

@@ -6,13 +6,23 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
 
 from .errors import EnvironmentFault, UserError
+
+T = TypeVar("T")
+LOCK = ".lock"
+
+
+def perform(call: Callable[..., T], *arguments: Any) -> T:
+    """Whatever changes the disk is done here, so that `torture` can refuse it, cut it short or write it down."""
+    return call(*arguments)
 
 
 @contextmanager
@@ -21,38 +31,57 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno is None or isinstance(error, ConnectionError):  # not the disk's
+            raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise EnvironmentFault(
                 f"no space left to write {path}: {error.strerror}. Free some and run it again."
             ) from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise EnvironmentFault(f"{error.filename or path}: {error.strerror}.") from None
         if error.errno in (errno.EEXIST, errno.ENOTDIR):
             raise UserError(f"cannot write {path}: a file is in the way.") from None
-        raise
+        raise EnvironmentFault(f"{error.filename or path}: {error.strerror}.") from None
 
 
 @contextmanager
 def lock(folder: Path, what: str) -> Iterator[None]:
-    """Hold a folder against a second process. A kill frees it, so a lock is never stale."""
+    """Hold a folder against a second process, which is told who holds it. A kill frees it, so a lock is never stale."""
+    with disk_errors(folder), (folder / LOCK).open("a") as file:
+        for attempt in range(10):  # who only asks, in `locked_by`, holds it for a moment
+            if _hold(file, alone=True):
+                break
+            time.sleep(0.02 * attempt)
+        else:
+            raise UserError(f"{what} {folder} is in use by {locked_by(folder) or 'another process'}.")
+        write_bytes(folder / LOCK, f"process {os.getpid()} on {platform.node()}".encode())
+        yield
+
+
+def locked_by(folder: Path) -> str | None:
+    """Who holds a folder, as "process 123 on HOST"; None when nobody does."""
+    try:
+        with (folder / LOCK).open() as file:
+            return None if _hold(file, alone=False) else file.read() or "another process"
+    except FileNotFoundError:
+        return None
+
+
+def _hold(file: IO[str], *, alone: bool) -> bool:
     try:
         import fcntl
     except ImportError:  # Windows has no flock; two processes are then the user's care
-        yield
-        return
-    with disk_errors(folder), (folder / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{what} {folder} is in use by another process.") from None
-        yield
+        return True
+    try:
+        fcntl.flock(file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
 
 
 def sync(path: Path) -> None:
     """Make a file's contents, or a folder's entries, survive a power loss."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        perform(os.fsync, descriptor)
     finally:
         os.close(descriptor)
 
@@ -63,28 +92,61 @@ def new_folder(path: Path) -> Iterator[Path]:
     partial = path.with_name(path.name + ".partial")
     with disk_errors(path):
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        perform(os.makedirs, partial)
         try:
             yield partial
             for file in partial.iterdir():
                 sync(file)
             sync(partial)
-            partial.rename(path)
+            perform(os.rename, partial, path)
             sync(path.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
 
 
+def remove_folder(path: Path) -> None:
+    """Delete a folder that may not be there; cut short, it leaves a `.partial`, never half a folder under its name."""
+    partial = path.with_name(path.name + ".partial")
+    with disk_errors(path):
+        if path.exists():
+            shutil.rmtree(partial, ignore_errors=True)
+            perform(os.rename, path, partial)
+            perform(shutil.rmtree, partial)
+
+
+@contextmanager
+def writer(path: Path, mode: int = os.O_TRUNC) -> Iterator[Callable[[bytes], None]]:
+    """A function that writes to a file, and goes on where the system takes only a part."""
+    descriptor = perform(os.open, path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0) | mode, 0o666)
+
+    def write(data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[perform(os.write, descriptor, rest) :]
+
+    try:
+        yield write
+    finally:
+        os.close(descriptor)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file of a folder that `new_folder` makes whole."""
-    path.write_bytes(data)
+    with disk_errors(path), writer(path) as write:
+        write(data)
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a log; one cut short by a kill has no newline, and readers leave it out."""
-    with disk_errors(path), path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    """Add a whole line to a log. One cut short by a kill has no newline, and readers leave it out."""
+    with disk_errors(path), writer(path, os.O_APPEND) as write:
+        before = path.stat().st_size
+        try:
+            write(f"{line}\n".encode())
+        except OSError:
+            with suppress(OSError):
+                os.truncate(path, before)  # the next line must not follow half of this one
+            raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -92,9 +154,10 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     with disk_errors(path):
         try:
-            partial.write_text(text, encoding="utf-8")
+            with writer(partial) as write:
+                write(text.encode())
             sync(partial)
-            partial.replace(path)
+            perform(os.replace, partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise

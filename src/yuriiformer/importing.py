@@ -25,7 +25,7 @@ from .data.corpus import TOKENIZER
 from .data.sources import reachable
 from .data.tokenizer import byte_level_bpe, make_tokenizer, read_tokenizer
 from .errors import EnvironmentFault, UserError, unknown
-from .files import read_json, sha256
+from .files import read_json, sha256, write_text
 from .model import LanguageModel, checked
 from .presets import BASELINE
 from .training.checkpoint import save
@@ -91,7 +91,7 @@ def import_run(source: str, out: Path, *, tokenizer: str | None = None, trust: b
     origin = {"source": source, "sha256": {file.name: sha256(file) for file in found.files}}
     untrained = TrainingConfig(steps=0, device="cpu", precision="fp32", compile="no")
     with Run.written(out, Config(model=model.config, training=untrained), {"imported_from": origin}) as folder:
-        vocabulary.save(str(folder / TOKENIZER))
+        write_text(folder / TOKENIZER, vocabulary.to_str(pretty=True))
         save(folder / "checkpoints", model)
     return Run(out)
 

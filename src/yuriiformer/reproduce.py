@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from .compare import DIVERGED, Arm, parse_arm, speeds
+from .compare import Arm, parse_arm, speeds
 from .config import Config, ModelConfig, as_dict, flat_keys
 from .data.corpus import Corpus
+from .engines import DIVERGED
 from .files import disk_errors, lock, read_json
 from .model import LanguageModel, flops_per_token, training_flops_per_token
 from .presets import Preset, Table

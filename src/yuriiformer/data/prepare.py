@@ -18,7 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ..errors import UserError
-from ..files import new_folder, sha256, write_json
+from ..files import new_folder, sha256, write_json, write_text, writer
 from .corpus import FORMAT, MANIFEST, TOKENIZER, Corpus, dtype_for
 from .sources import Progress, Source
 from .tokenizer import END_OF_TEXT, check_name, make_tokenizer
@@ -69,18 +69,18 @@ def prepare(
             raise UserError(
                 f"tokenizer {tokenizer!r} has no token {END_OF_TEXT}, which ends each document of a corpus."
             )
-        made.save(str(folder / TOKENIZER))
+        write_text(folder / TOKENIZER, made.to_str(pretty=True))
         vocabulary = made.get_vocab_size()
         dtype = dtype_for(vocabulary)
         splits = {name: {"documents": 0, "bytes": 0, "tokens": 0} for name in ("train", "validation")}
         hashes = {name: hashlib.sha256() for name in splits}
         small = text.size is not None and text.size < WORTH_PROCESSES
-        with (folder / "train.bin").open("wb") as train, (folder / "validation.bin").open("wb") as valid:
-            files = {"train": train, "validation": valid}
+        with writer(folder / "train.bin") as train, writer(folder / "validation.bin") as valid:
+            write = {"train": train, "validation": valid}
             batches = _batches(labelled(progress))
             for split, documents, size, ids in _encode(batches, folder / TOKENIZER, 1 if small else workers):
                 data = np.asarray(ids, dtype=dtype).tobytes()
-                files[split].write(data)
+                write[split](data)
                 hashes[split].update(data)
                 splits[split]["documents"] += documents
                 splits[split]["bytes"] += size

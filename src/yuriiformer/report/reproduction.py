@@ -185,9 +185,12 @@ def show(found: dict[str, Any], console: Console) -> None:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    lines = [HEADERS, ("---",) * len(HEADERS), *rows(found)]
-    text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-    return f"{text}\n{found['says']}\n"
+    scores = _markdown(SCORES, score_rows(found)) + "\n" if found["scores"] else ""
+    return f"{_markdown(HEADERS, rows(found))}\n{scores}{found['says']}\n"
+
+
+def _markdown(headers: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in [headers, ("---",) * len(headers), *lines])
 
 
 TEMPLATE = """{% extends "base" %}

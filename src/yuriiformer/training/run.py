@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +26,7 @@ from ..config import Config, as_dict, from_dict
 from ..data.corpus import TOKENIZER, Corpus
 from ..data.tokenizer import read_tokenizer
 from ..errors import UserError
-from ..files import new_folder, read_json, sha256, write_json, write_text
+from ..files import new_folder, read_json, sha256, write_bytes, write_json, write_text
 from ..model import LanguageModel, checked
 from ..rule import find_rule
 from .checkpoint import MODEL, newest_first, newest_whole, restore
@@ -92,7 +91,7 @@ class Run:
             raise UserError(f"{path} exists already; go on with --resume {path}, or choose another --out.")
         start = {"start": cls(Path(config.start)).weights} if config.start else {}
         with cls.written(path, config, {"corpus": corpus.identity, **start}) as folder:
-            shutil.copy(corpus.path / TOKENIZER, folder / TOKENIZER)
+            write_bytes(folder / TOKENIZER, (corpus.path / TOKENIZER).read_bytes())
         return cls(path)
 
     @staticmethod
@@ -109,7 +108,7 @@ class Run:
             }
             write_json(folder / "env.json", env)
             if config.model.rule.endswith(".py"):
-                shutil.copy(config.model.rule, folder / "rule.py")
+                write_bytes(folder / "rule.py", Path(config.model.rule).read_bytes())
             (folder / "checkpoints").mkdir()
             yield folder
 
