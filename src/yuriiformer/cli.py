@@ -238,6 +238,19 @@ def _parser() -> Parser:
     sub.add_argument("--out", type=Path, default=Path("runs/theory"), metavar="DIR", help="default: runs/theory")
     sub.add_argument("--json", action="store_true", help="print theory.json; everything else goes to standard error")
 
+    sub = command(
+        "bench", _bench, "time training steps of arms that take turns; random tokens, no text", presets.ARM_HELP
+    )
+    sub.add_argument("arms", nargs="*", metavar="ARM", help="the first is what the others are set beside")
+    sub.add_argument("--preset", metavar="NAME", help=f"sizes and recipe: {', '.join(presets.PRESETS)}; default demo")
+    sub.add_argument("--steps", type=int, default=100, metavar="N", help="timed steps of each arm; default 100")
+    sub.add_argument("--warm-up", type=int, default=20, metavar="N", help="steps before them; default 20")
+    sub.add_argument("--transformers", action="store_true", help="let GPT-2 from transformers take part")
+    sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="config keys")
+    sub.add_argument("--out", type=Path, metavar="FILE.json", help="write what was measured")
+    sub.add_argument("--json", action="store_true", help="print it; everything else goes to standard error")
+    sub.set_defaults(start=None, config=None, corpus=None, tokenizer=None, schedule=None)
+
     sub = command("rules", _rules, "list the update rules")
     sub.add_argument(
         "--rule", metavar="FILE.py", action="append", default=[], help="also a rule from outside the package"
@@ -920,6 +933,36 @@ def _subject(path: Path, tokens: int) -> Subject:
         print(f"yuriiformer: warning: {complaint}", file=sys.stderr)
     ids = run.tokenizer().encode(TEXT * tokens).ids[: min(tokens, model.config.context)]
     return look_at(f"the trained run {path}", model, torch.tensor(ids))
+
+
+def _bench(options: argparse.Namespace) -> None:
+    for name, least in (("steps", 2), ("warm_up", 1)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}; got {getattr(options, name)}.")
+    if options.out and not options.out.absolute().parent.is_dir():
+        raise UserError(f"the folder of --out {options.out} does not exist.")
+    base = _base(options)
+
+    from .compare import SHARED, parse_arm
+    from .progress import Meter, console
+    from .report.bench import show
+
+    names = options.arms or [presets.BASELINE, presets.DEMO_ARMS[-1]]
+    arms = {name: parse_arm(name, base, SHARED - {"precision", "compile", "loss_chunk"}).config for name in names}
+    with _extra("huggingface"), Meter("timing", options.steps + options.warm_up) as meter:
+        from .bench import bench
+
+        found = bench(
+            arms, options.steps, meter.line, meter.advance, warm_up=options.warm_up, transformers=options.transformers
+        )
+    found = {"command": options.command, "yuriiformer": __version__, **found}
+    if options.out:
+        from .files import write_json
+
+        write_json(options.out, found)
+    show(found, console)
+    if options.json:
+        print(json.dumps(found))
 
 
 def _rules(options: argparse.Namespace) -> None:

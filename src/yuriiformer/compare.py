@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ CALIBRATION_STEPS, CALIBRATION_ROUNDS = 40, 3
 # What all arms of a comparison share: another batch or precision in one arm would not be a paired comparison.
 SHARED = {
     "steps", "batch", "micro_batch", "seed", "evaluate_every", "evaluate_sequences", "checkpoint_every", "keep",
-    "keep_best", "parallel", "device", "precision", "compile", "context", "vocabulary",
+    "keep_best", "parallel", "device", "precision", "compile", "attention", "loss_chunk", "context", "vocabulary",
 }  # fmt: skip
 CALIBRATION = "calibration"  # a folder for short runs that are thrown away
 
@@ -64,7 +64,7 @@ class Budget:
     amount: float
 
 
-def parse_arm(text: str, base: Config) -> Arm:
+def parse_arm(text: str, base: Config, shared: Collection[str] = SHARED) -> Arm:
     """`RULE[:SPLITTING][,KEY=VALUE ...]` over a base config.
 
     A key is a field of the model or of the training, an option or a coefficient of the rule. With a start run, the
@@ -85,7 +85,7 @@ def parse_arm(text: str, base: Config) -> Arm:
         key, equals, value = assignment.partition("=")
         if not equals:
             raise UserError(f"arm {text!r}: {assignment!r} must be KEY=VALUE.")
-        if key in SHARED:
+        if key in shared:
             section = "model" if key in flat_keys(ModelConfig) else "training"
             raise UserError(f"arm {text!r}: {key} is the same for all arms; give it as --set {section}.{key}={value}")
         if key in flat_keys(ModelConfig):

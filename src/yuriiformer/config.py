@@ -76,6 +76,11 @@ class TrainingConfig:
         "bf16 means autocast over fp32 weights; auto is measured per device", "auto"
     )
     compile: Literal["auto", "yes", "no"] = doc("torch.compile of each layer; auto is measured per device", "auto")
+    attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = doc(
+        "kernel of attention on cuda; auto takes the fastest at the model's shape, elsewhere torch chooses", "auto"
+    )
+    streams: Literal["fp32", "bf16"] = doc("numbers of the streams between the layers, where precision is bf16", "fp32")
+    loss_chunk: int = doc("tokens whose logits exist at a time; 0 is all at once, faster and larger", 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import cast
@@ -66,7 +66,10 @@ class Substep(nn.Module):
 
     def forward(self, streams: Streams, *oracles: object) -> Streams:
         norm = () if self.norm is None else (self.norm,)
-        return as_streams(self.rule(*streams, *oracles, *norm, **self.coefficients(), **self.options))
+        moved = as_streams(self.rule(*streams, *oracles, *norm, **self.coefficients(), **self.options))
+        return tuple(
+            new.to(old.dtype) for new, old in zip(moved, streams, strict=True)
+        )  # autocast's norms answer in fp32
 
 
 def _initial_values(rule: Rule, config: ModelConfig, layer: int) -> dict[str, float]:
@@ -135,7 +138,8 @@ class LanguageModel(nn.Module):
             self.velocity.extend(nn.Linear(config.width, config.width, bias=False) for _ in velocities)
         self.layers = nn.ModuleList(Layer(self.rule, splitting, config, i) for i in range(config.layers))
         self.norm = nn.LayerNorm(config.width, bias=ORACLES[config.oracles].bias)
-        self._cross_entropy = _cross_entropy
+        self.cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor] = cross_entropy
+        self.stream_dtype: torch.dtype | None = None  # of the streams in training, where it is not that of the weights
         if seed is not None:  # else the weights are to be loaded, or the tensors are on the meta device
             self.initialise(seed)
 
@@ -189,11 +193,14 @@ class LanguageModel(nn.Module):
         read = [stream for name, stream in zip(self.rule.streams, streams, strict=True) if name in self.rule.readout]
         return self.norm(sum(read[1:], start=read[0]))
 
-    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """What the head reads for (batch, time) ids, which continue the tokens that the cache holds."""
+    def hidden(self, ids: Tensor, cache: KVCache | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """What the head reads for (batch, time) ids, which continue the tokens that the cache holds.
+
+        dtype: of the streams between the layers; None leaves them as they start.
+        """
         time = ids.shape[1]
         positions, attend = (torch.arange(time, device=ids.device), causal) if cache is None else cache.read(time)
-        streams = self.start(ids, positions)
+        streams = tuple(stream.to(dtype or stream.dtype) for stream in self.start(ids, positions))
         for layer in self.layers:
             # Layers are compiled for training; decoding has other lengths, and a graph of its own (generate.py).
             streams = layer(streams) if cache is None else layer.forward(streams, attend)
@@ -215,14 +222,14 @@ class LanguageModel(nn.Module):
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy in nats per token; targets are the next ids."""
-        return self._cross_entropy(self.hidden(ids), self.input.token.weight, targets)
+        return self.cross_entropy(self.hidden(ids, dtype=self.stream_dtype), self.input.token.weight, targets)
 
     def compile_parts(self) -> None:
         """Compile one layer for all layers, and the head with its loss: a graph each, in seconds instead of minutes."""
         torch._dynamo.config.recompile_limit = 64  # the arms of a comparison share the code of a layer
         for layer in self.layers:
             layer.compile(fullgraph=True, dynamic=False)
-        self._cross_entropy = torch.compile(_cross_entropy, fullgraph=True, dynamic=False)
+        self.cross_entropy = torch.compile(cross_entropy, fullgraph=True, dynamic=False)
 
     @contextmanager
     def constant_coefficients(self) -> Iterator[None]:
@@ -262,7 +269,7 @@ PARTS = {
 }
 
 
-def _cross_entropy(hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy(hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, table).flatten(0, 1).float(), targets.flatten())
 
 

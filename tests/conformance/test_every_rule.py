@@ -141,6 +141,26 @@ def test_variants_compile_as_one_graph(combination, ids):
         torch.testing.assert_close(compiled(ids, ids), model.loss(ids, ids), msg=str(variant))
 
 
+def test_streams_in_bf16_stay_so_and_train(combination, ids):
+    """Under autocast, whose norms answer in fp32; the loss is that of fp32 streams, nearly."""
+    model, dtypes = build(combination), set()
+    for layer in model.layers:
+        layer.register_forward_hook(lambda _, __, streams: dtypes.update(stream.dtype for stream in streams))
+    losses = []
+    for dtype in (None, torch.bfloat16):
+        dtypes.clear()
+        model.stream_dtype = dtype
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(model.loss(ids, ids))
+        assert dtypes == {dtype or torch.float32}
+    torch.testing.assert_close(*losses, rtol=1e-2, atol=0)
+    losses[1].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.dtype == torch.float32, name
+        assert parameter.grad.abs().max() > 0, name
+
+
 @pytest.mark.parametrize("rule", all_rules().values(), ids=lambda r: r.name)
 def test_reductions_hold(rule):
     generator = torch.Generator().manual_seed(1)

@@ -10,7 +10,7 @@ from yuriiformer.rule import all_rules
 ROOT = Path(yuriiformer.__file__).parent
 LAYERS = [
     ["errors", "signals"],
-    ["config", "files", "flatten", "rule"],
+    ["config", "files", "flatten", "machine", "rule"],
     ["rules", "splitting", "presets", "progress", "tied"],
     ["oracle", "tracking"],
     ["cache"],
@@ -18,7 +18,7 @@ LAYERS = [
     ["data", "generate", "huggingface", "surgery", "theory"],
     ["training"],
     ["engines"],
-    ["compare", "report", "export", "export_check", "importing"],
+    ["bench", "compare", "report", "export", "export_check", "importing"],
     ["evaluate", "inspection", "reproduce", "torture"],
     ["cli"],
     ["__main__"],

@@ -23,9 +23,9 @@ from torch.nn import functional as F
 from ..config import as_dict
 from ..data.corpus import MANIFEST, TOKENIZER, Corpus
 from ..errors import UserError
+from ..machine import memory_free
 from ..model import LanguageModel, Layer, Streams
 from ..oracle import Attend, causal
-from ..theory.subject import memory_free
 from ..training.checkpoint import MODEL, newest_first
 from ..training.run import Run
 from .jacobian import asymmetry, eigenvalues, jacobian, singular_values, typical_stretch

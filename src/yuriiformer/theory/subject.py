@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from .. import presets
 from ..config import override
 from ..errors import UserError
+from ..machine import memory_free
 from ..model import LanguageModel, Layer
 from ..rule import Rule, all_rules, find_rule
 
@@ -114,12 +113,3 @@ def random_subject(gain: float, oracles: str = "plain") -> Subject:
         for matrix in (p for p in model.parameters() if p.ndim == 2):
             matrix.mul_(gain)
     return look_at(f"random weights, {gain:g} × the initial scale", model, torch.arange(config.context))
-
-
-def memory_free() -> float:
-    """Bytes, or infinity where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return math.inf

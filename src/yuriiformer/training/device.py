@@ -11,15 +11,37 @@ from pathlib import Path
 
 import torch
 
-from ..config import TrainingConfig
+from ..config import ModelConfig, TrainingConfig
 from ..errors import EnvironmentFault, UserError
+from .kernels import attention_seconds
+
+# Dense peaks of matrix products in FLOP/s, by words of the device's name; the first row that fits counts.
+# From NVIDIA's data sheets of H200, H100, A100, L40S and RTX 4090 (tensor cores; fp32 without TF32, as torch computes it).
+PEAKS = (
+    ("H200", {"bf16": 989e12, "fp32": 67e12}),
+    ("H100 PCIe", {"bf16": 756e12, "fp32": 51e12}),
+    ("H100 NVL", {"bf16": 835e12, "fp32": 60e12}),
+    ("H100", {"bf16": 989e12, "fp32": 67e12}),
+    ("A100", {"bf16": 312e12, "fp32": 19.5e12}),
+    ("L40S", {"bf16": 362e12, "fp32": 91.6e12}),
+    ("RTX 4090", {"bf16": 165.2e12, "fp32": 82.6e12}),
+)
 
 
-def resolve(config: TrainingConfig) -> tuple[TrainingConfig, str]:
-    """The config without `auto`, and a line that says what was chosen and why.
+SEQUENCES = 8  # for which attention's kernels are timed
+
+
+def peak_flops(device: str, precision: str) -> float | None:
+    """The published peak in FLOP/s of a device's name (as `describe` gives it), or None where it is not known here."""
+    return next((peaks[precision] for name, peaks in PEAKS if name in device), None)
+
+
+def resolve(config: TrainingConfig, model: ModelConfig | None = None) -> tuple[TrainingConfig, str]:
+    """The config without `auto`, and a line that says what was chosen and why. Without a model attention stays open.
 
     Measured (docs/performance.md): on a CPU with AMX, bf16 with compiled layers is the fastest; other CPUs stay in
-    fp32. CUDA: bf16, compiled. MPS: fp32, eager (not measured).
+    fp32. CUDA: bf16, compiled, attention by the kernel that is the fastest now at the model's shape. MPS: fp32, eager
+    (not measured).
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device = next(d for d in available if available[d]) if config.device == "auto" else config.device
@@ -37,8 +59,20 @@ def resolve(config: TrainingConfig) -> tuple[TrainingConfig, str]:
         compile_, why = ("no", f" ({missing})") if missing else ("yes", "")
     elif compile_ == "yes" and (missing := _missing_for_compile(device)):
         raise EnvironmentFault(f"training.compile=yes needs what is not here: {missing}. Use training.compile=auto.")
+    if config.streams == "bf16" and precision != "bf16":
+        raise UserError(f"training.streams=bf16 needs training.precision=bf16, which is {precision} here.")
     line = f"{device}, {precision}, {'compiled' if compile_ == 'yes' else 'eager'}{why}"
-    return dataclasses.replace(config, device=device, precision=precision, compile=compile_), line  # type: ignore[arg-type]
+
+    attention: str = config.attention
+    if model and device == "cuda" and attention == "auto":
+        width = model.width // model.heads
+        timed = attention_seconds(SEQUENCES, model.heads, model.context, width, precision, device)
+        attention = next(iter(timed), "auto")
+        line += f", attention: {', '.join(f'{name} {1000 * seconds:.2f} ms' for name, seconds in timed.items())}"
+    elif device != "cuda" and attention != "auto":
+        raise UserError(f"training.attention={attention} chooses a kernel of cuda; on {device} leave it at auto.")
+    chosen = {"device": device, "precision": precision, "compile": compile_, "attention": attention}
+    return dataclasses.replace(config, **chosen), line  # type: ignore[arg-type]
 
 
 def _has_amx() -> bool:

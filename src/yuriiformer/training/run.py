@@ -48,8 +48,7 @@ def definite(config: Config, corpus: Corpus) -> tuple[Config, str]:
             f"corpus {corpus.path} has another tokenizer than the start run {start.path}; prepare the text again "
             f"with --tokenizer {start.path / TOKENIZER}"
         )
-    training, line = resolve(config.training)
-    for key, value in as_dict(training).items():
+    for key, value in as_dict(config.training).items():
         if isinstance(value, int | float) and not 0 <= value < math.inf:
             raise UserError(f"training.{key} must be a number that is not negative; got {value}.")
     model = config.model
@@ -62,6 +61,7 @@ def definite(config: Config, corpus: Corpus) -> tuple[Config, str]:
     model = checked(model)
     if model.rule.endswith(".py"):
         model = dataclasses.replace(model, rule=str(Path(model.rule).resolve()))
+    training, line = resolve(config.training, model)
     for key in ("steps", "batch", "evaluate_every", "evaluate_sequences"):
         if getattr(training, key) < 1:
             raise UserError(f"training.{key} must be at least 1; got {getattr(training, key)}.")

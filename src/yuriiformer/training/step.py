@@ -17,6 +17,7 @@ from ..signals import Stop
 from .checkpoint import Progress
 from .distributed import Parallel, World, whole
 from .guard import Guard, apply
+from .kernels import equip
 from .optimizer import lr_factor, make_optimizers
 
 Batch = tuple[Tensor, Tensor]  # inputs and targets, each (sequences, context)
@@ -35,8 +36,7 @@ class Stepper:
         self.config, self.world, self.stop, self.warn = config, world, stop, warn
         self.device = world.device(config.device)
         self.model = model.to(self.device)
-        if config.compile == "yes":
-            model.compile_parts()
+        equip(model, config)
         self.parallel = Parallel(model, world, config.parallel, self.device)
         self.optimizers = make_optimizers(model, config)
         self.rows = config.batch // world.size  # of a batch, on this process
