@@ -173,7 +173,7 @@ def test_a_diverging_arm_is_told_and_left_out(corpus, tmp_path, cli):
 def test_two_processes_in_one_place(corpus, tmp_path, cli):
     with lock(tmp_path, "comparison"):
         done = cli(*command(corpus, tmp_path))
-    assert (done.returncode, f"is in use by process {os.getpid()} on" in done.stderr) == (2, True)
+    assert (done.returncode, f"is in use by process {os.getpid()} on " in done.stderr) == (2, True)
 
 
 def test_interrupted_comparison_says_how_to_go_on(corpus, tmp_path):
