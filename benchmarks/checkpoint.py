@@ -46,7 +46,7 @@ def main() -> None:
         optimizer.zero_grad()
 
     waits, writes = [], []
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder, Writer(Path(folder), 2, True) as writer:
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder, Writer(Path(folder), 2, True, print) as writer:
         for step in range(1, options.rounds + 1):
             started = time.perf_counter()
             writer.submit(Progress(step), None, snapshot(model, optimizers))

@@ -650,7 +650,7 @@ def _train(options: argparse.Namespace) -> None:
             _go_on(f"Go on with: yuriiformer train --resume {options.resume or options.out}"),
         ):
             if options.resume:
-                line = f"going on with {options.resume}"
+                line, done = f"going on with {options.resume}", world.lead(lambda: run.complete)
             else:
                 head, comma, rest = (options.arm or presets.DEMO_ARMS[-1]).partition(",")
                 rule, _, splitting = head.partition(":")
@@ -661,9 +661,9 @@ def _train(options: argparse.Namespace) -> None:
                 config, line = definite(arm.config, corpus)
                 done = world.lead(lambda: _begun(options.out, config, corpus))
                 run = Run(options.out)
-                if done:
-                    console.print(f"{run.path} is complete.", soft_wrap=True)
-                    return
+            if done:  # a launcher that starts its command again has nothing left to do
+                console.print(f"{run.path} is complete: {run.step} steps are done.", soft_wrap=True)
+                return
             job = Job(run.path, run.config, run.config.model.rule)
             with Meter("training", job.flops) as meter, Follower(job, meter, track) as follower:
                 meter.line(line)

@@ -1,8 +1,9 @@
-"""What this machine has free."""
+"""The memory of this machine and of this process."""
 
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 
 CGROUPS = (  # of the kernel's version 2 and 1: what a container may use, what it uses, and how much of that is files
@@ -14,6 +15,16 @@ CGROUPS = (  # of the kernel's version 2 and 1: what a container may use, what i
 def memory_free() -> float:
     """Bytes that this machine, or the container around this process, has left; infinity where nothing tells."""
     return min(_available(), *(_left(*names) for names in CGROUPS))
+
+
+def memory_peak() -> int:
+    """The most bytes that this process has held at a time; 0 where nothing tells."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _available() -> float:

@@ -24,6 +24,7 @@ class Meter:
     def __init__(self, label: str, total: float | None) -> None:
         self.label, self.total = label, total
         self.done = self.before = 0.0
+        self._notes: set[str] = set()
         self._texts: dict[str, str] = {}
         columns = (TextColumn("{task.description}", markup=False), BarColumn(20))
         self._bar = Progress(*columns, console=console) if console.is_terminal else None
@@ -68,6 +69,12 @@ class Meter:
         seconds = (time.monotonic() - self._started) / counted * (self.total - self.done)
         return f"  [{self.done / self.total:.0%}, {duration(seconds)} left]"
 
+    def note(self, text: str) -> None:
+        """A line that is told once, though each of many runs has it to say."""
+        if text not in self._notes:
+            self._notes.add(text)
+            self.line(text)
+
     def line(self, text: str) -> None:
         console.print(text, soft_wrap=True, markup=False)
 
@@ -84,6 +91,9 @@ class RunProgress:
     def __call__(self, record: dict[str, Any]) -> None:
         if "warning" in record:
             self.meter.line(f"warning: {record['warning']}")
+            return
+        if "note" in record:
+            self.meter.note(record["note"])
             return
         before, self.last = self.last, record
         if "validation" in record:

@@ -31,7 +31,7 @@ class Tracking:
         self._open: dict[str, tuple[AbstractContextManager[Log], Log]] = {}
 
     def __call__(self, record: dict[str, Any]) -> None:
-        if "warning" in record:
+        if "loss" not in record:  # a warning, a note
             return
         values = dict(record)
         step = values.pop("step")

@@ -143,7 +143,7 @@ def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path, config, corpus, m
 
 
 def test_weights_that_are_no_numbers_are_never_committed(tmp_path):
-    with Writer(tmp_path, keep=1, keep_best=True) as writer:
+    with Writer(tmp_path, keep=1, keep_best=True, warn=print) as writer:
         writer.submit(Progress(1), None, {"model.safetensors": {"w": torch.ones(2)}, "optimizer.safetensors": {}})
         assert writer.finish() is None
         writer.submit(

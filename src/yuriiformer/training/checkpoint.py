@@ -40,6 +40,7 @@ class Progress:
     norm_mean: float = 0.0  # what the step guard knows
     norm_count: int = 0
     skipped: int = 0
+    micro_batch: int = 0  # sequences a pass: with another number the last bits may differ
 
 
 class NotFinite(Exception):
@@ -49,18 +50,17 @@ class NotFinite(Exception):
 class Writer:
     """Commits checkpoints one at a time, in a thread, and keeps the newest `keep` and, if asked, the best.
 
-    poisoned: says why the last checkpoint was not worth writing, where that was so.
+    warn: told when the disk refuses one; training goes on.
     """
 
-    poisoned: str | None = None
-
-    def __init__(self, folder: Path, keep: int, keep_best: bool) -> None:
-        self.folder, self.keep, self.keep_best = folder, max(1, keep), keep_best
+    def __init__(self, folder: Path, keep: int, keep_best: bool, warn: Callable[[str], None]) -> None:
+        self.folder, self.keep, self.keep_best, self.warn = folder, max(1, keep), keep_best, warn
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._running: Future[None] | None = None
         self._commit: Callable[[], None]
         self._host: dict[str, dict[str, Tensor]] = {}
         self._misses = 0
+        self._poisoned: str | None = None
 
     def __enter__(self) -> Writer:
         return self
@@ -74,6 +74,7 @@ class Writer:
         """Copy the tensors and let the thread write them; waits for a checkpoint still being written."""
         if self._running:
             self._running.exception()
+            self.poll()
         for name, state in tensors.items():
             host = self._host.setdefault(name, {})
             for key, tensor in state.items():
@@ -82,39 +83,40 @@ class Writer:
                 host[key].copy_(tensor, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.poll()
         self._commit = lambda: commit(self.folder, progress, validation, self._host, self.keep, self.keep_best)
         self._running = self._thread.submit(self._commit)
 
     def poll(self) -> str | None:
-        """A warning when the disk refused the last checkpoint. Raises EnvironmentFault after MISSES in a row."""
+        """Look whether the checkpoint in work is done; why the last one was not worth writing, where that was so.
+
+        Raises EnvironmentFault when the disk has refused MISSES in a row.
+        """
         if not (self._running and self._running.done()):
-            return None
+            return self._poisoned
         error, self._running = self._running.exception(), None
         if error is None:
             self._misses = 0
-            return None
-        if isinstance(error, NotFinite):
-            self.poisoned = str(error)
-            return None
-        if not isinstance(error, EnvironmentFault):
+        elif isinstance(error, NotFinite):
+            self._poisoned = str(error)
+        elif not isinstance(error, EnvironmentFault):
             raise error
-        self._misses += 1
-        if self._misses >= MISSES:
-            raise error
-        return f"checkpoint not written, training goes on: {error}"
+        else:
+            self._misses += 1
+            if self._misses >= MISSES:
+                raise error
+            self.warn(f"checkpoint not written: {error}")
+        return self._poisoned
 
     def finish(self) -> str | None:
-        """Wait for the checkpoint in work, and try again where the disk refuses it; return `poisoned`.
-
-        Raises EnvironmentFault after MISSES in a row.
-        """
+        """Wait for the checkpoint in work, and try again where the disk refuses it; returns and raises as `poll`."""
         while self._running:
             self._running.exception()
-            if self.poll():
+            misses = self._misses
+            self.poll()
+            if self._misses > misses:
                 time.sleep(self._misses)
                 self._running = self._thread.submit(self._commit)
-        return self.poisoned
+        return self._poisoned
 
 
 def commit(
@@ -185,7 +187,7 @@ def snapshot(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> d
 
 def save(folder: Path, model: nn.Module) -> None:
     """A checkpoint of step 0, without optimiser state."""
-    with Writer(folder, keep=1, keep_best=False) as writer:
+    with Writer(folder, keep=1, keep_best=False, warn=lambda text: None) as writer:
         writer.submit(Progress(), None, snapshot(model, []))
         writer.finish()
 

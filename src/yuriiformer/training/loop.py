@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -18,10 +19,14 @@ from ..data.tokenizer import END_OF_TEXT
 from ..errors import EnvironmentFault, Interrupted, UserError
 from ..files import append_line, lock, read_json, remove_partials, sync, write_json
 from ..generate import generate
-from ..model import LanguageModel, flops_per_token
+from ..machine import memory_peak
+from ..model import LanguageModel, flops_per_token, training_flops_per_token
 from ..signals import Stop
 from .checkpoint import Progress, Writer, load_model, load_optimizers, newest_whole, require_room, snapshot
+from .device import describe, peak_flops
 from .distributed import World
+from .kernels import attention
+from .memory import fit
 from .optimizer import lr_factor
 from .run import Run
 from .step import Batch, Stepper, out_of_memory
@@ -42,12 +47,13 @@ class Unstable(Exception):
 def train(run: Run, stop: Stop, observe: Observer = lambda record: None, world: World = World()) -> dict[str, Any]:  # noqa: B008
     """Train a run to its end, from its newest checkpoint where it has one; return its summary.
 
-    observe: called in the leading process with each line of metrics.jsonl, and with {"step", "warning"}.
+    observe: called in the leading process with each line of metrics.jsonl, and with {"step", "warning" or "note"}.
     Raises Interrupted (everything saved) when `stop` was requested, Diverged when the loss is no number any more,
     UserError when the run is complete or another process trains it, EnvironmentFault when the machine refuses.
     """
     with ExitStack() as held:
         world.lead(lambda: held.enter_context(lock(run.path, "run")))
+        held.enter_context(attention(run.config.training.attention))
         if world.lead(lambda: run.complete):
             raise UserError(f"{run.path} is complete: {run.config.training.steps} steps are done.")
         rewound: set[int] = set()
@@ -82,6 +88,10 @@ def _train(run: Run, stop: Stop, observe: Observer, world: World) -> dict[str, A
     model = run.build()
     if found:
         load_model(checkpoint, model)
+    if not (micro := config.micro_batch or progress.micro_batch):
+        micro, line = world.lead(lambda: fit(run.config, world.size))
+        observe({"step": progress.step, "note": line})
+    config = dataclasses.replace(config, micro_batch=micro)
     stepper = Stepper(model, config, world, stop, warn)
     if found:
         load_optimizers(checkpoint, model, stepper.optimizers)
@@ -111,7 +121,8 @@ def _train(run: Run, stop: Stop, observe: Observer, world: World) -> dict[str, A
         if world.leads:
             if run.metrics.is_file():
                 sync(run.metrics)
-            state = Progress(done, seconds, losses[0].item(), int(losses[1].item()), *stepper.guard.numbers())
+            total, count = losses.tolist()
+            state = Progress(done, seconds, total, int(count), *stepper.guard.numbers(), stepper.micro)
             writer.submit(state, measured, tensors)
 
     def finish(writer: Writer) -> None:
@@ -121,7 +132,7 @@ def _train(run: Run, stop: Stop, observe: Observer, world: World) -> dict[str, A
     seconds = progress.seconds
     losses = torch.tensor([progress.loss_sum, progress.loss_count], device=stepper.device)  # since the log's last line
     saved = progress.step if found else None
-    with Writer(run.checkpoints, config.keep, config.keep_best) as writer:
+    with Writer(run.checkpoints, config.keep, config.keep_best, warn) as writer:
         started = synchronised_time()
         for step, batch in _batches(corpus, run, progress.step, world, stepper):
             result = stepper(step, batch)
@@ -141,10 +152,7 @@ def _train(run: Run, stop: Stop, observe: Observer, world: World) -> dict[str, A
             if not (log or due):
                 continue
             seconds += synchronised_time() - started
-            warning, poisoned = world.lead(lambda: (writer.poll(), writer.poisoned))
-            if warning:
-                warn(warning)
-            if poisoned:
+            if poisoned := world.lead(writer.poll):
                 raise Unstable(poisoned)
             if stepper.guard.longest.item() >= PATIENCE:
                 raise Unstable(f"{PATIENCE} steps in a row until step {done} had a loss or gradient beyond reason")
@@ -158,6 +166,7 @@ def _train(run: Run, stop: Stop, observe: Observer, world: World) -> dict[str, A
                     "gradient_norm": norm.nan_to_num(0, 0, 0).item(),
                     "lr": lr_factor(step, config),
                 }
+                record |= _utilisation(run, record, logged[-1] if logged else None, world)
                 if skipped := int(stepper.guard.skipped.item()):
                     record["skipped"] = skipped
                 if evaluate:
@@ -168,6 +177,7 @@ def _train(run: Run, stop: Stop, observe: Observer, world: World) -> dict[str, A
                     best = min(best, measured)
                 if world.leads:
                     append_line(run.metrics, json.dumps(record))
+                logged.append(record)
                 observe(record)
             if done % LOG_EVERY == 0:
                 losses.zero_()
@@ -180,6 +190,16 @@ def _train(run: Run, stop: Stop, observe: Observer, world: World) -> dict[str, A
 
     world.lead(lambda: write_json(run.path / "summary.json", _summary(run, corpus)))
     return read_json(run.path / "summary.json")
+
+
+def _utilisation(run: Run, now: dict[str, Any], before: dict[str, Any] | None, world: World) -> dict[str, float]:
+    """Peak bytes of this process, and the share of the device's peak FLOPs since the line before, where that is known."""
+    device, precision = run.config.training.device, run.config.training.precision
+    seconds, tokens = (now[k] - (before[k] if before else 0) for k in ("seconds", "tokens"))
+    found: dict[str, float] = {"memory": torch.cuda.max_memory_allocated() if device == "cuda" else memory_peak()}
+    if seconds and (peak := peak_flops(str(describe(device)["device"]), precision)):
+        found["mfu"] = training_flops_per_token(run.config.model) * tokens / seconds / (peak * world.size)
+    return found
 
 
 def _newest(run: Run) -> tuple[str, dict[str, Any], list[str]]:

@@ -119,6 +119,8 @@ def fit(config: Config, ranks: int = 1) -> tuple[int, str]:
     """
     rows = math.ceil(config.training.batch / ranks)
     free = SPARE * device_memory_free(config.training.device)
+    if config.training.device == "cpu":
+        free /= ranks  # they share it, as far as this process can tell
 
     def needed(micro: int) -> int:
         return sum(estimate(config, micro, ranks).values())
