@@ -53,10 +53,14 @@ class Job:
         return (self.path / "summary.json").is_file() or (self.path / DIVERGED).is_file()
 
     @property
+    def step_flops(self) -> float:
+        """What a step counts on the meter."""
+        model = self.config.model
+        return self.config.training.batch * model.context * training_flops_per_token(model)
+
+    @property
     def flops(self) -> float:
-        """Of the whole run: what it counts on the meter."""
-        training, model = self.config.training, self.config.model
-        return training.steps * training.batch * model.context * training_flops_per_token(model)
+        return self.config.training.steps * self.step_flops
 
     def train(self, stop: Stop, observe: Observer, world: World) -> str:
         """To its end, which is told; a divergence is a result, too. Raises what `training.loop.train` does."""
@@ -108,7 +112,7 @@ class Follower:
         at = max((step for step, _ in newest_first(job.path / "checkpoints")), default=0)
         steps = job.config.training.steps
         self.job = job
-        self.shown = RunProgress(meter, job.label, at=at, steps=steps, work=job.flops / steps)
+        self.shown = RunProgress(meter, job.label, at=at, steps=steps, work=job.step_flops)
         self.tracking = Tracking(track, job.path, as_dict(job.config))
         self._file, self._read = 0, 0
 

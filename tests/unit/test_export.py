@@ -10,16 +10,15 @@ import pytest
 import torch
 from conftest import COMBINATIONS, SMALL
 
-from yuriiformer.compare import train_with_meter
 from yuriiformer.config import ModelConfig, override
 from yuriiformer.data.corpus import Corpus
 from yuriiformer.data.tokenizer import make_tokenizer
 from yuriiformer.errors import UserError
 from yuriiformer.flatten import flatten
 from yuriiformer.model import LanguageModel
-from yuriiformer.progress import Meter
 from yuriiformer.rule import all_rules
 from yuriiformer.signals import Stop
+from yuriiformer.training.loop import train
 from yuriiformer.training.run import Run, definite
 
 transformers = pytest.importorskip("transformers", reason="the extra huggingface is not installed")
@@ -103,8 +102,7 @@ def run(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Run:
     model = ModelConfig(rule="nesterov", splitting="strang", **SMALL | {"vocabulary": 320, "context": 48})
     config = Config(corpus=str(corpus.path), model=model, training=training)
     run = Run.create(tmp_path_factory.mktemp("runs") / "run", config, corpus)
-    with Meter("training", 12) as meter:
-        train_with_meter(run, meter, "run", 1, Stop())
+    train(run, Stop())
     return run
 
 
@@ -257,8 +255,7 @@ def test_a_rule_file_from_outside_goes_into_the_folder(corpus, config, tmp_path)
     )
     config, _ = definite(override(config, {"model.rule": str(rule)}), corpus)
     run = Run.create(tmp_path / "run", config, corpus)
-    with Meter("training", 12) as meter:
-        train_with_meter(run, meter, "run", 1, Stop())
+    train(run, Stop())
     export(run, tmp_path / "out")
     assert "_twice = 2.0" in (tmp_path / "out/modeling_yuriiformer.py").read_text()
     assert str(tmp_path) not in (tmp_path / "out/config.json").read_text() + (tmp_path / "out/README.md").read_text()

@@ -178,7 +178,8 @@ def test_the_micro_batch_is_the_largest_that_fits(monkeypatch, rule):
         assert line.startswith(f"micro-batch {micro} x {480 // micro}: ")
     monkeypatch.setattr(memory, "memory_free", lambda: (needed(7) + 1) / memory.SPARE)
     assert fit(override(wanted, {"training.batch": 11}))[0] == 6, "two uneven passes rather than eleven"
-    assert fit(wanted, ranks=80)[0] == 6
+    monkeypatch.setattr(memory, "memory_free", lambda: 80 * (needed(7) + 1) / memory.SPARE)
+    assert fit(wanted, ranks=80)[0] == 6, "processes on a CPU share its memory"
 
 
 def test_too_little_memory_says_what_would_fit(monkeypatch):
