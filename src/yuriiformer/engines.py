@@ -6,6 +6,7 @@ An engine is a function of the runs. A run is a directory, so each engine goes o
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -275,7 +276,7 @@ def _cluster(workers: int | None) -> Iterator[None]:
             cores = max(workers or 1, os.cpu_count() or 1)
             own = {"num_cpus": cores, "include_dashboard": False, "_temp_dir": folder, "object_store_memory": 100 << 20}
         try:
-            ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **own)
+            ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
             held.callback(ray.shutdown)
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = f"at RAY_ADDRESS={address}" if address else "on this machine"

@@ -106,7 +106,7 @@ def trackio(run: Path, settings: dict[str, Any], step: int) -> Iterator[Log]:
     import trackio
 
     project, name = os.environ.get("TRACKIO_PROJECT", PROJECT), _identity(run)["name"]
-    quiet = {"embed": False, "auto_log_cpu": False, "auto_log_gpu": False}
+    quiet: dict[str, Any] = {"embed": False, "auto_log_cpu": False, "auto_log_gpu": False}
     tracked = trackio.init(project, name, group=str(run.parent), config=settings, resume="allow", **quiet)
     first = getattr(tracked, "_next_step", 0)
     yield lambda step, values: tracked.log(values, step) if step >= first else None

@@ -43,7 +43,7 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(p)
                 momentum = state["momentum"].lerp(p.grad, 1 - group["momentum"])
                 update = whole(p.grad.lerp(momentum, group["momentum"]))
-                state["momentum"].copy_(self._unless_refused(momentum, state["momentum"]))
+                state["momentum"] = self._unless_refused(momentum, state["momentum"])
                 tall = p.shape[0] > p.shape[1]
                 update = update.T if tall else update
                 batches[update.shape[0], update.shape[1]].append((p, update))
