@@ -19,7 +19,7 @@ LAYERS = [
     ["training"],
     ["engines"],
     ["bench", "compare", "report", "export", "export_check", "importing"],
-    ["evaluate", "inspection", "reproduce", "torture"],
+    ["arguments", "evaluate", "inspection", "reproduce", "torture"],
     ["cli"],
     ["__main__"],
 ]
@@ -57,7 +57,7 @@ def test_rules_import_only_rule():
 
 
 def test_what_must_start_fast_imports_no_torch():
-    free = {"errors", "signals", "config", "files", "presets", "progress", "data", "report", "cli"}
+    free = {"errors", "signals", "config", "files", "presets", "progress", "data", "report", "arguments", "cli"}
     for path in files():
         if path.relative_to(ROOT).parts[0].removesuffix(".py") in free:
             heads = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)]

@@ -3,7 +3,8 @@
 import pytest
 
 from yuriiformer import presets
-from yuriiformer.cli import _base, _parser, _text
+from yuriiformer.arguments import make_parser
+from yuriiformer.cli import _base, _text
 from yuriiformer.compare import parse_arm
 from yuriiformer.config import override
 from yuriiformer.errors import UserError
@@ -129,7 +130,7 @@ def test_a_scale_keeps_the_shares():
 
 
 def options(*arguments):
-    return _parser().parse_args(["train", "--out", "run", *arguments])
+    return make_parser().parse_args(["train", "--out", "run", *arguments])
 
 
 def test_a_preset_brings_its_text_and_the_command_line_goes_over_it():
