@@ -226,7 +226,7 @@ class LanguageModel(nn.Module):
 
     def compile_parts(self) -> None:
         """Compile one layer for all layers, and the head with its loss: a graph each, in seconds instead of minutes."""
-        torch._dynamo.config.recompile_limit = 64  # the arms of a comparison share the code of a layer
+        allow_recompilation()
         for layer in self.layers:
             layer.compile(fullgraph=True, dynamic=False)
         self.cross_entropy = torch.compile(cross_entropy, fullgraph=True, dynamic=False)
@@ -267,6 +267,11 @@ PARTS = {
     "raw": "coefficients",
     "x0_scale": "coefficients",
 }
+
+
+def allow_recompilation() -> None:
+    """The arms of a comparison share the code of a layer: it may be compiled once for each of them."""
+    torch._dynamo.config.recompile_limit = 64
 
 
 def cross_entropy(hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The recipe, and that nothing is lost: resume is bit-identical."""
 
 import json
+from importlib.machinery import ExtensionFileLoader, ModuleSpec
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from yuriiformer.signals import Stop
 from yuriiformer.training.loop import train
 from yuriiformer.training.optimizer import Muon, lr_factor, make_optimizers
 from yuriiformer.training.run import MEASURED, Run, definite
+from yuriiformer.training.step import Stepper
 
 
 def start(path, config, corpus):
@@ -154,3 +156,21 @@ def test_compiled_equals_eager(ids):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6, msg=name)
     count = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert count == 2, "one graph for all layers and one for the loss"
+
+
+def test_half_a_library_of_a_killed_compilation_is_made_again(tmp_path, config, corpus, monkeypatch):
+    """What a kill amid the compiler's work leaves in its cache does not stand in the way of going on."""
+    library = tmp_path / "kernel.main.so"
+    library.write_bytes(b"\x7fELF")
+    real = Stepper.gradient
+
+    def gradient(self, batch):
+        if library.exists():  # loaded as torch loads it
+            ExtensionFileLoader("kernel", str(library)).create_module(ModuleSpec("kernel", None, origin=str(library)))
+        return real(self, batch)
+
+    monkeypatch.setattr(Stepper, "gradient", gradient)
+    run = start(tmp_path / "run", config, corpus)
+    train(run, Stop())
+    assert run.complete
+    assert not library.exists()

@@ -6,10 +6,12 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,8 +110,7 @@ def _train(run: Run, stop: Stop, observe: Observer, world: World) -> dict[str, A
             sequences=config.evaluate_sequences, batch=config.batch, context=context
         )
     ]
-    stepper.gradient((validation[0][0][: stepper.micro], validation[0][1][: stepper.micro]))  # compiles, warms up
-    stepper.clear()
+    _warm_up(stepper, validation[0])
 
     def synchronised_time() -> float:
         if stepper.device.type == "cuda":
@@ -190,6 +191,25 @@ def _train(run: Run, stop: Stop, observe: Observer, world: World) -> dict[str, A
 
     world.lead(lambda: write_json(run.path / "summary.json", _summary(run, corpus)))
     return read_json(run.path / "summary.json")
+
+
+def _warm_up(stepper: Stepper, batch: Batch) -> None:
+    """Compile and allocate before the clock starts.
+
+    A kill amid a compilation leaves half a library under its final name, which torch would load for ever.
+    """
+    first = batch[0][: stepper.micro], batch[1][: stepper.micro]
+    while True:
+        try:
+            stepper.gradient(first)
+            break
+        except Exception as error:
+            if not (broken := re.search(r"(/\S+\.so): ", str(error))) or "ImportError" not in repr(error):
+                raise
+            Path(broken[1]).unlink(missing_ok=True)
+            torch._dynamo.reset()
+        finally:
+            stepper.clear()
 
 
 def _utilisation(run: Run, now: dict[str, Any], before: dict[str, Any] | None, world: World) -> dict[str, float]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..config import Config, ModelConfig, TrainingConfig, as_dict, from_dict, override
 from ..errors import EnvironmentFault
 from ..machine import memory_free
-from ..model import LanguageModel, Layer
+from ..model import LanguageModel, Layer, allow_recompilation
 from ..presets import BASELINE
 from ..rule import find_rule
 from ..splitting import find_splitting
@@ -91,6 +91,7 @@ def _kept(config: str) -> int:
         sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
+    allow_recompilation()
     # The partition into what is kept and what is computed again is the compiler's own, without its code generation.
     run = (
         torch.compile(layer, backend="aot_eager_decomp_partition", dynamic=False)
