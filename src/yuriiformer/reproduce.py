@@ -19,14 +19,16 @@ from .files import disk_errors, lock, read_json
 from .model import LanguageModel, flops_per_token, training_flops_per_token
 from .presets import Preset, Table
 from .signals import Stop
+from .training.device import PEAKS
 from .training.run import Run, definite, padded_vocabulary
 
 # What the estimate assumes; docs/performance.md says what was measured.
-H100, PEAK, MFU = "NVIDIA H100 SXM", 989e12, 0.40
+H100, PEAK, MFU = "NVIDIA H100 SXM", dict(PEAKS)["H100"]["bf16"], 0.40
 # What changes the time a run takes, or which draw it is, and not what is measured.
 HARMLESS = {
     "corpus", "training.micro_batch", "training.checkpoint_every", "training.keep", "training.keep_best",
-    "training.parallel", "training.device", "training.compile", "training.seed",
+    "training.parallel", "training.device", "training.compile", "training.attention", "training.loss_chunk",
+    "training.seed",
 }  # fmt: skip
 
 
