@@ -24,7 +24,7 @@ from yuriiformer.model import LanguageModel
 from yuriiformer.signals import Stop
 from yuriiformer.training.device import describe, resolve
 from yuriiformer.training.distributed import World
-from yuriiformer.training.kernels import attention
+from yuriiformer.training.kernels import attention, fastest_attention
 from yuriiformer.training.memory import estimate
 from yuriiformer.training.step import Stepper
 
@@ -61,11 +61,11 @@ def resident(field: str) -> int:
 
 def measure(config: Config) -> int:
     """Peak bytes of a step: the weights and optimiser states, counted, and what a step needs beside them, measured."""
-    training, _ = resolve(config.training, config.model)
+    training, _ = resolve(config.training)
     model = LanguageModel(config.model)
     stepper = Stepper(model, training, World(), Stop(), print)
     ids = torch.randint(config.model.vocabulary, (training.batch, config.model.context), device=stepper.device)
-    with attention(training.attention):
+    with attention(fastest_attention(config)[0]):
         for step in range(2):  # compiles, makes the states
             stepper(step, (ids, ids))
         stepper.clear()
@@ -104,7 +104,7 @@ def main() -> None:
         if out.returncode:
             print(name, out.stderr[-500:])
             continue
-        training, _ = resolve(config.training, config.model)
+        training, _ = resolve(config.training)
         parts = estimate(Config(model=config.model, training=training), training.micro_batch)
         peak, estimated = int(out.stdout.split()[-1]), sum(parts.values())
         rows.append(

@@ -17,9 +17,9 @@ from .model import LanguageModel, checked, training_flops_per_token
 from .rule import find_rule
 from .signals import Stop
 from .splitting import find_splitting
-from .training.device import SEQUENCES, describe, peak_flops, resolve
+from .training.device import describe, peak_flops, resolve
 from .training.distributed import World
-from .training.kernels import attention, attention_seconds, now
+from .training.kernels import attention, attention_times, fastest_attention, now
 from .training.memory import estimate, fit
 from .training.step import Batch, Stepper
 
@@ -52,7 +52,7 @@ def bench(
     times: dict[str, list[float]] = {}
     peaks: dict[str, int] = {}
 
-    with attention(training.attention):
+    with attention(fastest_attention(first)[0]):
         contestants: dict[str, Stepper | TheirStepper] = {
             name: Stepper(LanguageModel(config.model), config.training, World(), Stop(), tell)
             for name, config in configs.items()
@@ -82,7 +82,6 @@ def bench(
         for name, seconds in times.items()
     }
     _beyond(configs, rows, tokens, copied)
-    shape = (SEQUENCES, model.heads, model.context, model.width // model.heads, training.precision, device)
     return {
         "machine": machine,
         "steps": steps,
@@ -93,7 +92,7 @@ def bench(
         "copy_bytes_per_second": copied,
         "matrix_product_flops": multiplied,
         "published_peak_flops": peak_flops(str(machine["device"]), training.precision),
-        "attention_seconds": attention_seconds(*shape),
+        "attention_seconds": attention_times(first),
         "arms": rows,
     }
 
@@ -103,7 +102,7 @@ def _definite(arms: Mapping[str, Config], tell: Tell) -> dict[str, Config]:
     found = {}
     for name, config in arms.items():
         model = checked(dataclasses.replace(config.model, vocabulary=config.model.vocabulary or VOCABULARY))
-        training, line = resolve(config.training, model)
+        training, line = resolve(config.training)
         found[name] = Config(model=model, training=training)
         if len(found) == 1:
             tell(line)

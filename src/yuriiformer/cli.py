@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__, presets
 from .arguments import make_parser
-from .config import Config, load, override
+from .config import Config, flat, load, override
 from .errors import EnvironmentFault, Interrupted, Refuted, UserError
 from .signals import SIGNALS, Stop
 
@@ -410,11 +410,18 @@ def _train(options: argparse.Namespace) -> None:
 
 def _begun(out: Path, config: Config, corpus: Corpus) -> bool:
     """Make the run, or go on with the same one, as a launcher that starts its command again wants it; whether it is
-    complete. Raises UserError when something else is there."""
+    complete. Raises UserError naming the key when another one is there."""
     from .training.run import Run
 
-    same = (out / "config.json").is_file() and Run(out).config == config
-    run = Run(out) if same else Run.create(out, config, corpus)
+    if not (out / "config.json").is_file():
+        return Run.create(out, config, corpus).complete
+    run, asked = Run(out), flat(config)
+    for key, value in flat(run.config).items():
+        if value != asked[key]:
+            raise UserError(
+                f"{out} exists already, with {key} {value!r} in place of {asked[key]!r}; go on with it by "
+                f"--resume {out}, or choose another --out."
+            )
     return run.complete
 
 

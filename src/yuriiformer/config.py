@@ -175,6 +175,16 @@ def flat_keys(cls: type, prefix: str = "") -> dict[str, dataclasses.Field[Any]]:
     return keys
 
 
+def flat(config: Config) -> dict[str, Any]:
+    """Every dotted key of a run's configuration with its value."""
+    data = as_dict(config)
+    return {
+        key: data[section][name] if section else data[name]
+        for key in flat_keys(Config)
+        for section, _, name in [key.rpartition(".")]
+    }
+
+
 def load(path: Path, base: Config) -> Config:
     """Read a .toml or .json file of sections over `base`."""
     try:

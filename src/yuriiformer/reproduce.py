@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .compare import Arm, parse_arm, speeds
-from .config import Config, ModelConfig, as_dict, flat_keys
+from .config import Config, ModelConfig, flat
 from .data.corpus import Corpus
 from .engines import DIVERGED
 from .files import disk_errors, lock, read_json
@@ -55,16 +55,6 @@ def deviations(config: Config, preset: Preset, source: str, tokenizer: str) -> l
     if tokenizer.partition(":")[0] != preset.tokenizer:
         found.append(f"tokenizer {tokenizer} instead of {preset.tokenizer}")
     return found
-
-
-def flat(config: Config) -> dict[str, Any]:
-    """Every dotted key with its value."""
-    data = as_dict(config)
-    return {
-        key: data[section][name] if section else data[name]
-        for key in flat_keys(Config)
-        for section, _, name in [key.rpartition(".")]
-    }
 
 
 def _shown(value: Any) -> str:

@@ -107,7 +107,7 @@ def test_only_kernels_that_can_are_timed():
 
 def test_settings_that_cannot_be_are_refused():
     with pytest.raises(UserError, match=r"training\.attention=flash chooses a kernel of cuda"):
-        resolve(TrainingConfig(device="cpu", attention="flash"), ModelConfig(rule="nesterov"))
+        resolve(TrainingConfig(device="cpu", attention="flash"))
     with pytest.raises(UserError, match=r"streams=bf16 needs training\.precision=bf16, which is fp32"):
         resolve(TrainingConfig(device="cpu", precision="fp32", streams="bf16"))
 

@@ -40,7 +40,8 @@ class Progress:
     norm_mean: float = 0.0  # what the step guard knows
     norm_count: int = 0
     skipped: int = 0
-    micro_batch: int = 0  # sequences a pass: with another number the last bits may differ
+    micro_batch: int = 0  # sequences a pass, and the kernel of attention: with others the last bits may differ
+    attention: str = ""
 
 
 class NotFinite(Exception):

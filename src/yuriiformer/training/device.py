@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 
-from ..config import ModelConfig, TrainingConfig
+from ..config import TrainingConfig
 from ..errors import EnvironmentFault, UserError
-from .kernels import attention_seconds
 
 # Dense peaks of matrix products in FLOP/s, by words of the device's name; the first row that fits counts.
 # From NVIDIA's data sheets of H200, H100, A100, L40S and RTX 4090 (tensor cores; fp32 without TF32, as torch computes it).
@@ -28,20 +27,16 @@ PEAKS = (
 )
 
 
-SEQUENCES = 8  # for which attention's kernels are timed
-
-
 def peak_flops(device: str, precision: str) -> float | None:
     """The published peak in FLOP/s of a device's name (as `describe` gives it), or None where it is not known here."""
     return next((peaks[precision] for name, peaks in PEAKS if name in device), None)
 
 
-def resolve(config: TrainingConfig, model: ModelConfig | None = None) -> tuple[TrainingConfig, str]:
-    """The config without `auto`, and a line that says what was chosen and why. Without a model attention stays open.
+def resolve(config: TrainingConfig) -> tuple[TrainingConfig, str]:
+    """The config without `auto`, and a line that says what was chosen and why. Attention's stays: training times its kernels.
 
     Measured (docs/performance.md): on a CPU with AMX, bf16 with compiled layers is the fastest; other CPUs stay in
-    fp32. CUDA: bf16, compiled, attention by the kernel that is the fastest now at the model's shape. MPS: fp32, eager
-    (not measured).
+    fp32. CUDA: bf16, compiled. MPS: fp32, eager (not measured).
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device = next(d for d in available if available[d]) if config.device == "auto" else config.device
@@ -62,17 +57,11 @@ def resolve(config: TrainingConfig, model: ModelConfig | None = None) -> tuple[T
     if config.streams == "bf16" and precision != "bf16":
         raise UserError(f"training.streams=bf16 needs training.precision=bf16, which is {precision} here.")
     line = f"{device}, {precision}, {'compiled' if compile_ == 'yes' else 'eager'}{why}"
-
-    attention: str = config.attention
-    if model and device == "cuda" and attention == "auto":
-        width = model.width // model.heads
-        timed = attention_seconds(SEQUENCES, model.heads, model.context, width, precision, device)
-        attention = next(iter(timed), "auto")
-        line += f", attention: {', '.join(f'{name} {1000 * seconds:.2f} ms' for name, seconds in timed.items())}"
-    elif device != "cuda" and attention != "auto":
-        raise UserError(f"training.attention={attention} chooses a kernel of cuda; on {device} leave it at auto.")
-    chosen = {"device": device, "precision": precision, "compile": compile_, "attention": attention}
-    return dataclasses.replace(config, **chosen), line  # type: ignore[arg-type]
+    if device != "cuda" and config.attention != "auto":
+        raise UserError(
+            f"training.attention={config.attention} chooses a kernel of cuda; on {device} leave it at auto."
+        )
+    return dataclasses.replace(config, device=device, precision=precision, compile=compile_), line  # type: ignore[arg-type]
 
 
 def _has_amx() -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..config import TrainingConfig
+from ..config import Config, TrainingConfig
 from ..model import LanguageModel
 from ..oracle import causal
 
@@ -24,6 +24,7 @@ ATTENTION = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+SEQUENCES = 8  # for which the kernels are timed
 TIMED = 10  # calls of each kernel; the fastest counts
 
 
@@ -56,6 +57,22 @@ def attention(kernel: str) -> Iterator[None]:
     tagged = torch.compiler.config.patch(cache_key_tag=tag)  # type: ignore[attr-defined]
     with sdpa_kernel(allowed, set_priority=True), tagged:
         yield
+
+
+def fastest_attention(config: Config) -> tuple[str, str]:
+    """The kernel for a definite config, and a line that tells the times where there was a choice: on CUDA, at auto."""
+    if config.training.device != "cuda" or config.training.attention != "auto":
+        return config.training.attention, ""
+    timed = attention_times(config)
+    line = ", ".join(f"{name} {1000 * seconds:.2f} ms" for name, seconds in timed.items())
+    return next(iter(timed), "auto"), f"attention, {SEQUENCES} x {config.model.context} tokens: {line}"
+
+
+def attention_times(config: Config) -> dict[str, float]:
+    """Seconds of attention at a definite config's shape, by kernel; the fastest first."""
+    model, training = config.model, config.training
+    width = model.width // model.heads
+    return attention_seconds(SEQUENCES, model.heads, model.context, width, training.precision, training.device)
 
 
 @cache

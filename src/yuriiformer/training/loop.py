@@ -27,7 +27,7 @@ from ..signals import Stop
 from .checkpoint import Progress, Writer, load_model, load_optimizers, newest_whole, require_room, snapshot
 from .device import describe, peak_flops
 from .distributed import World
-from .kernels import attention
+from .kernels import attention, fastest_attention
 from .memory import fit
 from .optimizer import lr_factor
 from .run import Run
@@ -55,13 +55,12 @@ def train(run: Run, stop: Stop, observe: Observer = lambda record: None, world: 
     """
     with ExitStack() as held:
         world.lead(lambda: held.enter_context(lock(run.path, "run")))
-        held.enter_context(attention(run.config.training.attention))
         if world.lead(lambda: run.complete):
             raise UserError(f"{run.path} is complete: {run.config.training.steps} steps are done.")
         rewound: set[int] = set()
         while True:
             try:
-                return _train(run, stop, observe if world.leads else lambda record: None, world)
+                return _train(run, stop, observe if world.leads else lambda record: None, world, held)
             except Unstable as error:
                 # A fault of the hardware does not come back when the same steps are computed again; divergence does.
                 at = world.lead(lambda: run.step)
@@ -76,7 +75,7 @@ def train(run: Run, stop: Stop, observe: Observer = lambda record: None, world: 
                 raise EnvironmentFault(f"out of memory: {str(error).splitlines()[0]}") from None
 
 
-def _train(run: Run, stop: Stop, observe: Observer, world: World) -> dict[str, Any]:
+def _train(run: Run, stop: Stop, observe: Observer, world: World, held: ExitStack) -> dict[str, Any]:
     config, corpus = run.config.training, run.corpus()
     context = run.config.model.context
     found, state, complaints = world.lead(lambda: _newest(run))
@@ -90,9 +89,15 @@ def _train(run: Run, stop: Stop, observe: Observer, world: World) -> dict[str, A
     model = run.build()
     if found:
         load_model(checkpoint, model)
-    if not (micro := config.micro_batch or progress.micro_batch):
+    micro, kernel = config.micro_batch or progress.micro_batch, progress.attention
+    if not micro:
         micro, line = world.lead(lambda: fit(run.config, world.size))
         observe({"step": progress.step, "note": line})
+    if not kernel:
+        kernel, line = world.lead(lambda: fastest_attention(run.config))
+        if line:
+            observe({"step": progress.step, "note": line})
+    held.enter_context(attention(kernel))
     config = dataclasses.replace(config, micro_batch=micro)
     stepper = Stepper(model, config, world, stop, warn)
     if found:
@@ -123,7 +128,7 @@ def _train(run: Run, stop: Stop, observe: Observer, world: World) -> dict[str, A
             if run.metrics.is_file():
                 sync(run.metrics)
             total, count = losses.tolist()
-            state = Progress(done, seconds, total, int(count), *stepper.guard.numbers(), stepper.micro)
+            state = Progress(done, seconds, total, int(count), *stepper.guard.numbers(), stepper.micro, kernel)
             writer.submit(state, measured, tensors)
 
     def finish(writer: Writer) -> None:

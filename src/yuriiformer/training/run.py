@@ -61,7 +61,7 @@ def definite(config: Config, corpus: Corpus) -> tuple[Config, str]:
     model = checked(model)
     if model.rule.endswith(".py"):
         model = dataclasses.replace(model, rule=str(Path(model.rule).resolve()))
-    training, line = resolve(config.training, model)
+    training, line = resolve(config.training)
     for key in ("steps", "batch", "evaluate_every", "evaluate_sequences"):
         if getattr(training, key) < 1:
             raise UserError(f"training.{key} must be at least 1; got {getattr(training, key)}.")
