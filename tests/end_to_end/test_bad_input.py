@@ -224,7 +224,9 @@ def test_command_line(fails):
 def test_damaged_run(fails, tmp_path, capsys, corpus):
     small = ["--set", "training.steps=2", "model.width=16", "model.heads=2", "training.compile=no"]
     assert main(["train", "--corpus", str(corpus.path), "--out", str(tmp_path / "run"), *small]) == 0
-    assert "run exists already, with model.heads 2 in place of 3" in fails("train", "--corpus", corpus.path, "--out", "run")
+    assert "run exists already, with model.heads 2 in place of 3" in fails(
+        "train", "--corpus", corpus.path, "--out", "run"
+    )
     assert "the prompt is empty" in fails("generate", "run", "--prompt", "")
     tokenizer = (tmp_path / "run" / "tokenizer.json").read_text()
     (tmp_path / "run" / "tokenizer.json").write_text("{}")
